@@ -214,6 +214,7 @@ static void a_prefix_gives_the_same_tokens(void **state)
 		client_wait(runs[i]);
 	}
 	assert_int_equal(km_request_cached_tokens(runs[0]->request), 0);
+	assert_true(km_request_queue_seconds(runs[0]->request) >= 0);
 	assert_int_equal(km_request_cached_tokens(runs[1]->request), 36); /* never the last token */
 	assert_int_equal(km_request_cached_tokens(runs[2]->request), 36);
 	same_answer(&runs[0]->samples[0], &runs[1]->samples[0]);
@@ -624,6 +625,7 @@ static void a_failed_step_fails_everybody(void **state)
 		again = client_new(engine);
 		rc = client_submit(again, &options, &err);
 		assert_int_equal(rc, device ? KM_EDEVICE : 0);
+		assert_int_equal(km_engine_has_failed(engine, NULL), device);
 		if (device)
 			assert_string_equal(err.msg, "the fake model failed at step 20");
 		client_wait(again);

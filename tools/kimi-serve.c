@@ -5,7 +5,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -208,10 +207,15 @@ static void catch_signals(void)
 	sigaction(SIGPIPE, &ignore, NULL);
 }
 
-static bool was_signalled(void *ctx)
+static int count_signals(void *ctx)
 {
 	(void)ctx;
-	return signals > 0;
+	return signals;
+}
+
+static bool was_signalled(void *ctx)
+{
+	return count_signals(ctx) > 0;
 }
 
 static int complain(const km_err *err)
@@ -299,20 +303,6 @@ static int run_batch(const struct options *o, km_service *service)
 	return result.stopped || result.failed ? EXIT_FAILED : EXIT_OK;
 }
 
-/* Returns when a signal came and all was answered, or the time for that was up, or another came. */
-static void wait_and_drain(const struct options *o, km_serve *serve)
-{
-	struct timespec tick = { 0, 50000000 };
-	double left = o->drain;
-
-	while (!signals)
-		nanosleep(&tick, NULL);
-	km_log(KM_LOG_INFO, "finishing the running requests; once more to stop at once");
-	km_serve_drain(serve);
-	while (signals < 2 && left > 0 && !km_serve_wait_idle(serve, 0.1))
-		left -= 0.1;
-}
-
 static int run_server(const struct options *o, km_service *service)
 {
 	km_serve_options options = {
@@ -326,6 +316,7 @@ static int run_server(const struct options *o, km_service *service)
 		.keepalive_s = o->keepalive,
 		.log_requests = o->log_requests,
 	};
+	km_serve_until until = { .stop = count_signals, .drain_s = o->drain };
 	km_buf line = KM_BUF_INIT;
 	km_serve *serve;
 	km_err err;
@@ -343,8 +334,8 @@ static int run_server(const struct options *o, km_service *service)
 	km_buf_printf(&line, strchr(o->host, ':') ? "http://[%s]:%d\n" : "http://%s:%d\n", o->host,
 	              km_serve_port(serve));
 	status = print(&line);
-	if (status == EXIT_OK)
-		wait_and_drain(o, serve);
+	if (status == EXIT_OK && km_serve_run(serve, &until, &err) < 0)
+		status = complain(&err);
 	km_serve_close(serve);
 	return status;
 }

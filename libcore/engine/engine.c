@@ -60,6 +60,19 @@ void km_engine_stats_get(const km_engine *engine, km_engine_stats *stats)
 	pthread_mutex_unlock(&e->lock);
 }
 
+bool km_engine_has_failed(const km_engine *engine, km_err *err)
+{
+	km_engine *e = (km_engine *)engine; /* only the lock changes */
+	bool failed;
+
+	pthread_mutex_lock(&e->lock);
+	failed = e->broken.code != 0;
+	if (failed && err)
+		*err = e->broken;
+	pthread_mutex_unlock(&e->lock);
+	return failed;
+}
+
 int km_engine_context_length(const km_engine *engine)
 {
 	return engine->shape.context_length;

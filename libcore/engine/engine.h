@@ -123,12 +123,17 @@ int km_engine_submit(km_engine *engine, const km_request_options *options, km_re
 void km_engine_cancel(km_engine *engine, km_request *request); /* any thread; returns at once */
 void km_request_free(km_request *request); /* from its last event on; any thread */
 int km_request_cached_tokens(const km_request *request); /* prompt tokens that were not computed */
+/* From submission to the step that began its prompt; negative: none has. Any thread. */
+double km_request_queue_seconds(const km_request *request);
 
 const km_config *km_engine_config(const km_engine *engine);
 const km_tokenizer *km_engine_tokenizer(const km_engine *engine);
 int km_engine_context_length(const km_engine *engine);
 void km_engine_stats_get(const km_engine *engine, km_engine_stats *stats); /* any thread */
 void km_engine_explain(const km_engine *engine, km_buf *out);
+/* Whether the device failed for good: every request has failed or will, and `err` (or NULL) gets the
+ * reason. Any thread. */
+bool km_engine_has_failed(const km_engine *engine, km_err *err);
 /* Drops reusable prefixes; KM_EINVAL while requests run. */
 int km_engine_flush_cache(km_engine *engine);
 

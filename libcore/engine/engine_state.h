@@ -66,6 +66,8 @@ struct km_request {
 	void *ctx;
 	atomic_bool cancelled;
 	atomic_int cached_tokens;
+	int64_t submitted_ns;
+	_Atomic int64_t queue_ns;   /* < 0: no step has begun its prompt */
 };
 
 /* A row of logits and what is wanted of it. */

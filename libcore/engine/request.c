@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/mem.h"
 #include "base/rng.h"
 
@@ -125,6 +126,8 @@ int km_request_new(km_request **request, const km_engine *engine, const km_reque
 	KM_TRY(check(engine, o, err));
 	r = km_xcalloc(1, sizeof(*r));
 	r->n = r->live = o->n;
+	r->submitted_ns = km_now_ns();
+	r->queue_ns = -1;
 	r->sampling = o->sampling;
 	r->sampling.bias = copy(o->sampling.bias, o->sampling.bias_count, sizeof(km_logit_bias));
 	r->stop_ids = copy(o->stop_ids, o->stop_id_count, sizeof(int32_t));
@@ -167,4 +170,9 @@ void km_request_free(km_request *r)
 int km_request_cached_tokens(const km_request *r)
 {
 	return atomic_load(&r->cached_tokens);
+}
+
+double km_request_queue_seconds(const km_request *r)
+{
+	return (double)atomic_load(&r->queue_ns) * 1e-9;
 }

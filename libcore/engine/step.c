@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/mem.h"
 
 void km_step_init(km_step *step, const km_engine *engine)
@@ -353,6 +354,7 @@ static void note_admission(km_engine *engine, km_sample *sample)
 		return;
 	km_engine_unqueue(engine, r);
 	atomic_store(&r->cached_tokens, sample->seq.cached);
+	atomic_store(&r->queue_ns, km_now_ns() - r->submitted_ns);
 	engine->prompt_tokens += sample->seq.prompt_len;
 }
 

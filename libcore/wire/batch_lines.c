@@ -351,18 +351,32 @@ static int turn(struct batch *b, km_err *err)
 	return 0;
 }
 
+static void drop_input(struct batch *b)
+{
+	b->ended = true;
+	b->too_long = false;
+	b->searched = 0;
+	km_buf_clear(&b->input);
+}
+
 static int run(struct batch *b, km_err *err)
 {
+	bool failed = false;
 	int rc = 0;
 
 	while (rc >= 0 && (has_input(b) || b->running)) {
 		b->result->stopped = b->options->stop && b->options->stop(b->options->ctx);
 		if (b->result->stopped)
 			break;
+		failed = failed || km_engine_has_failed(b->service->engine, NULL);
+		if (failed)
+			drop_input(b);
 		rc = turn(b, err);
 		if (rc >= 0)
 			rc = collect_all(b, err);
 	}
+	if (rc >= 0 && km_engine_has_failed(b->service->engine, err))
+		rc = KM_EDEVICE;
 	return rc;
 }
 

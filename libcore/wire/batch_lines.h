@@ -7,7 +7,8 @@
  * A line that is no request has "response":null and an "error"; a request that the API would refuse
  * has the refusal as its response. Either counts as failed, and the rest goes on.
  *
- * Requests run through the same jobs as over HTTP. One thread reads and writes; the caller's `stop`
+ * Requests run through the same jobs as over HTTP. When the engine fails for good, what ran is
+ * answered with the failure and nothing more is read. One thread reads and writes; the caller's `stop`
  * ends the work early: what runs is cancelled, what is done has been written.
  */
 #ifndef KM_WIRE_BATCH_LINES_H
@@ -32,7 +33,7 @@ typedef struct km_batch_result {
 	bool stopped;
 } km_batch_result;
 
-/* KM_EIO when the output cannot be written. */
+/* KM_EIO when the output cannot be written, KM_EDEVICE when the engine has failed. */
 int km_batch_run(km_service *service, const km_batch_options *options, km_batch_result *result,
                  km_err *err);
 

@@ -29,6 +29,7 @@ struct part {
 	km_request *request; /* NULL: not submitted */
 	int live;            /* samples whose last event has not come */
 	int cached;
+	bool admitted;       /* its time in the queue is counted */
 };
 
 struct km_job {
@@ -253,6 +254,16 @@ static void time_token(km_job *job, const struct part *p, const km_event *e)
 	*last = now;
 }
 
+static void time_queue(km_job *job, struct part *p)
+{
+	double seconds = p->admitted ? -1 : km_request_queue_seconds(p->request);
+
+	if (seconds < 0)
+		return;
+	p->admitted = true;
+	km_histogram_add(&job->service->metrics.request_queue_time, seconds);
+}
+
 static void on_event(void *ctx, const km_event *e)
 {
 	struct part *p = ctx;
@@ -261,6 +272,7 @@ static void on_event(void *ctx, const km_event *e)
 	bool part_over, job_over, wake, overflow;
 
 	pthread_mutex_lock(&job->lock);
+	time_queue(job, p);
 	time_token(job, p, e);
 	if (!p->cached)
 		p->cached = km_request_cached_tokens(p->request);

@@ -26,6 +26,8 @@ void km_metrics_init(km_metrics *m)
 	m->inter_token_latency.count = COUNT(token_bounds);
 	m->e2e_request_latency.bounds = request_bounds;
 	m->e2e_request_latency.count = COUNT(request_bounds);
+	m->request_queue_time.bounds = request_bounds;
+	m->request_queue_time.count = COUNT(request_bounds);
 }
 
 void km_histogram_add(km_histogram *h, double seconds)
@@ -179,4 +181,7 @@ void km_metrics_write(const km_metrics *m, const km_engine_stats *stats, const c
 	          &m->inter_token_latency);
 	histogram(&w, "e2e_request_latency_seconds", "From a request's arrival to its last token.",
 	          &m->e2e_request_latency);
+	histogram(&w, "request_queue_time_seconds",
+	          "From a request's arrival at the engine to its prompt's first step.",
+	          &m->request_queue_time);
 }

@@ -5,6 +5,7 @@
 #include <strings.h>
 #include <time.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/option.h"
@@ -168,8 +169,14 @@ static void one_model(struct km_serve *s, km_exchange *x)
 static void health(struct km_serve *s, km_exchange *x)
 {
 	km_buf out = KM_BUF_INIT;
+	km_openai_error error;
+	km_err err;
 
-	(void)s;
+	if (km_engine_has_failed(s->service->engine, &err)) {
+		km_openai_fail(&error, 503, NULL, NULL, "%s", err.msg);
+		km_http_reply_error(x, &error);
+		return;
+	}
 	km_buf_puts(&out, "{\"status\":\"ok\"}");
 	reply_json(x, &out);
 }
@@ -468,6 +475,25 @@ void km_serve_drain(km_serve *s)
 bool km_serve_wait_idle(km_serve *s, double seconds)
 {
 	return km_http_wait_idle(s->http, seconds);
+}
+
+int km_serve_run(km_serve *s, const km_serve_until *until, km_err *err)
+{
+	struct timespec tick = { 0, 50000000 };
+	double end;
+	bool failed = false;
+
+	while (!failed && !until->stop(until->ctx)) {
+		nanosleep(&tick, NULL);
+		failed = km_engine_has_failed(s->service->engine, err);
+	}
+	if (!failed)
+		km_log(KM_LOG_INFO, "finishing the running requests; once more to stop at once");
+	km_serve_drain(s);
+	end = km_now_s() + until->drain_s;
+	while (until->stop(until->ctx) < 2 && km_now_s() < end && !km_serve_wait_idle(s, 0.1))
+		;
+	return failed || km_engine_has_failed(s->service->engine, err) ? KM_EDEVICE : 0;
 }
 
 void km_serve_close(km_serve *s)

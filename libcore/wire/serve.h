@@ -27,6 +27,17 @@ int km_serve_open(km_serve **serve, km_service *service, const km_serve_options 
 int km_serve_port(const km_serve *serve);
 void km_serve_drain(km_serve *serve); /* new requests get 503 or no connection */
 bool km_serve_wait_idle(km_serve *serve, double seconds); /* true: all requests are answered */
+
+typedef struct km_serve_until {
+	int (*stop)(void *ctx); /* asked some 20 times a second; 0: go on; 1: drain; 2: at once */
+	void *ctx;
+	double drain_s;         /* for running requests to finish in */
+} km_serve_until;
+
+/* Serves until told to stop, then drains. KM_EDEVICE when the engine has failed for good: its
+ * requests have been told so, and further ones are until the server drains. */
+int km_serve_run(km_serve *serve, const km_serve_until *until, km_err *err);
+
 void km_serve_close(km_serve *serve);                     /* cuts off what still runs */
 
 #endif
