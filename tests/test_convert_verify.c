@@ -222,6 +222,45 @@ static void a_cut_file_is_one_finding_and_the_rest_is_read(void **state)
 	remove_dir(dir);
 }
 
+/* Loading minds neither (tests/test_weights.c). */
+static void what_loading_leaves_alone_is_listed(void **state)
+{
+	char *dir = synthesized("tiny-deepseek-v3", 0);
+
+	(void)state;
+	write_text(dir, "model-00001-of-00064.safetensors", "remains of another download");
+	write_text(dir, "notes.txt", "not a weight");
+	expect(dir,
+	       (const char *[]){ "/model-00001-of-00064.safetensors: is not read: there is no "
+	                         "model.safetensors.index.json" },
+	       1);
+	remove_dir(dir);
+}
+
+static void a_tower_that_is_absent_is_one_finding(void **state)
+{
+	char *dir = temp_dir();
+	km_buf text = KM_BUF_INIT;
+	fake_checkpoint fake;
+	km_config c;
+	km_err err;
+
+	(void)state;
+	assert_int_equal(km_config_load(&c, "configs/models/tiny-k25.json", &err), 0);
+	fake_init(&fake, &c);
+	fake_remove_all(&fake, "vision_tower.");
+	fake_remove_all(&fake, "mm_projector.");
+	fake_write(&fake, dir, 2);
+	copy_config(dir, "tiny-k25");
+	assert_int_equal(km_inspect(dir, false, 5, &text, &err), 0);
+	assert_non_null(strstr(text.data, " 1 problems\n"));
+	assert_non_null(strstr(text.data, "config.json has a vision_config, but no tensor of the"));
+	km_buf_release(&text);
+	fake_release(&fake);
+	km_config_release(&c);
+	remove_dir(dir);
+}
+
 static void interruption_is_not_a_verdict(void **state)
 {
 	char *dir = synthesized("tiny-k2", 0);
@@ -279,6 +318,8 @@ int main(void)
 		cmocka_unit_test(all_problems_are_listed),
 		cmocka_unit_test(a_bad_config_is_a_finding),
 		cmocka_unit_test(a_cut_file_is_one_finding_and_the_rest_is_read),
+		cmocka_unit_test(what_loading_leaves_alone_is_listed),
+		cmocka_unit_test(a_tower_that_is_absent_is_one_finding),
 		cmocka_unit_test(interruption_is_not_a_verdict),
 		cmocka_unit_test(inspection_counts_what_is_there),
 	};

@@ -212,6 +212,12 @@ static void no_tower(fake_checkpoint *f, km_config *c)
 	c->vision.present = false;
 }
 
+static void part_of_a_tower(fake_checkpoint *f, km_config *c)
+{
+	(void)c;
+	fake_remove_all(f, "mm_projector.");
+}
+
 static const struct bend bends[] = {
 	{ "tiny-k25", drop_one, KM_ENOTFOUND,
 	  ": tensor language_model.model.layers.2.mlp.experts.5.up_proj.weight_scale is missing" },
@@ -245,6 +251,7 @@ static const struct bend bends[] = {
 	  "layers.1.mlp.experts.0.down_proj: its 72 columns cannot be packed as int4 in groups of 32" },
 	{ "tiny-k2", too_many_rows, KM_ELIMIT,
 	  "layers.0.self_attn.q_b_proj: a size of 4296015872 is more than is supported" },
+	{ "tiny-k25", part_of_a_tower, KM_ENOTFOUND, "tensor mm_projector.pre_norm.weight is missing" },
 	{ "tiny-k25", no_tower, KM_EFORMAT, "tensor vision_tower.patch_embed.proj.weight is extra" },
 };
 
@@ -270,6 +277,31 @@ static void each_wrong_tensor_is_named(void **state)
 		km_config_release(&c);
 		remove_dir(dir);
 	}
+}
+
+static void a_text_model_opens_without_its_tower(void **state)
+{
+	char *dir = temp_dir();
+	fake_checkpoint fake;
+	km_weights w;
+	km_config c;
+	km_err err;
+
+	(void)state;
+	load(&c, "tiny-k25");
+	fake_init(&fake, &c);
+	fake_remove_all(&fake, "vision_tower.");
+	fake_remove_all(&fake, "mm_projector.");
+	fake_write(&fake, dir, 2);
+	write_text(dir, "model-00001-of-00064.safetensors", "remains of another download");
+	if (km_weights_open(&w, &c, dir, &err) < 0)
+		fail_msg("%s", err.msg);
+	assert_int_equal(w.vision_bytes, 0);
+	assert_true(w.text_bytes > 0);
+	km_weights_close(&w);
+	fake_release(&fake);
+	km_config_release(&c);
+	remove_dir(dir);
 }
 
 /* Shapes that the tiny configs do not have: 576 rows of fp8, other groups of int4. */
@@ -467,7 +499,7 @@ static float element(const km_weight *w, int row, int col)
 
 static void same_numbers(const km_weight *w, const char *dir, const char *module)
 {
-	char *path = km_xasprintf("%s/expected.safetensors", dir);
+	char *path = km_xasprintf("%s-expected.safetensors", dir);
 	km_safetensors file;
 	const float *want = NULL;
 	km_err err;
@@ -631,6 +663,7 @@ int main(void)
 	const struct CMUnitTest all[] = {
 		cmocka_unit_test(each_family_opens),
 		cmocka_unit_test(each_wrong_tensor_is_named),
+		cmocka_unit_test(a_text_model_opens_without_its_tower),
 		cmocka_unit_test(scales_have_the_shape_of_their_blocks),
 		cmocka_unit_test(names_have_three_spellings),
 		cmocka_unit_test(mtp_layers_and_tied_heads_are_skipped),

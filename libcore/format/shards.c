@@ -1,5 +1,6 @@
 #include "format/shards.h"
 
+#include <dirent.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -298,6 +299,42 @@ int km_shards_open(km_shards *shards, const char *dir, km_findings *findings, km
 	free(index_path);
 	free(single);
 	return rc;
+}
+
+static bool is_open(const km_shards *shards, const char *name)
+{
+	size_t dir = strlen(shards->dir) + 1;
+
+	for (int i = 0; i < shards->file_count; i++)
+		if (!strcmp(shards->files[i].path + dir, name))
+			return true;
+	return false;
+}
+
+static int is_safetensors(const struct dirent *entry)
+{
+	static const char end[] = ".safetensors";
+	size_t n = strlen(entry->d_name), m = sizeof(end) - 1;
+
+	return n > m && entry->d_name[0] != '.' && !strcmp(entry->d_name + n - m, end);
+}
+
+void km_shards_report_unread(const km_shards *shards, km_findings *findings)
+{
+	struct dirent **entries;
+	int count = scandir(shards->dir, &entries, is_safetensors, alphasort);
+
+	for (int i = 0; i < count; i++) {
+		if (!is_open(shards, entries[i]->d_name))
+			km_findings_add(findings, KM_EFORMAT, "%s/%s: is not read: %s",
+			                shards->dir, entries[i]->d_name,
+			                shards->indexed ?
+			                        "model.safetensors.index.json does not name it" :
+			                        "there is no model.safetensors.index.json");
+		free(entries[i]);
+	}
+	if (count >= 0)
+		free(entries);
 }
 
 void km_shards_close(km_shards *shards)

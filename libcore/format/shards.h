@@ -29,6 +29,10 @@ typedef struct km_shards {
 int km_shards_open(km_shards *shards, const char *dir, km_findings *findings, km_err *err);
 void km_shards_close(km_shards *shards); /* also after a failure */
 
+/* A sentence for each file of the folder that ends in .safetensors and is none of these: remains of
+ * another download, most often, of which nothing is ever read. */
+void km_shards_report_unread(const km_shards *shards, km_findings *findings);
+
 static inline const char *km_shards_path(const km_shards *shards, const km_tensor *t)
 {
 	return shards->files[t->file].path;

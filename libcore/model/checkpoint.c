@@ -100,6 +100,11 @@ static bool fp8_in_place_of_plain(struct matcher *k, const km_module *m)
 	       find(k->cp, m->key, "weight_scale_inv") >= 0;
 }
 
+static bool is_vision(enum km_tensor_class class)
+{
+	return class == KM_CLASS_VISION || class == KM_CLASS_PROJECTOR;
+}
+
 static int match_module(void *context, const km_module *m, km_err *err)
 {
 	struct matcher *k = context;
@@ -121,6 +126,8 @@ static int match_module(void *context, const km_module *m, km_err *err)
 		k->cp->missing++;
 		if (i == 0 && m->ndim == 2 && other_form(k, m))
 			return 0;
+		if (k->cp->no_vision && is_vision(m->class))
+			continue;
 		on_disk(k, m, wanted[i].suffix, name);
 		km_findings_add(k->findings, KM_ENOTFOUND, "%s: tensor %s is missing",
 		                k->cp->shards.dir, name);
@@ -183,10 +190,12 @@ static void account_rest(struct matcher *k)
 	}
 }
 
-int km_checkpoint_open(km_checkpoint *cp, const char *dir, km_findings *findings, km_err *err)
+int km_checkpoint_open(km_checkpoint *cp, const char *dir, km_findings *findings,
+                       km_findings *notes, km_err *err)
 {
-	*cp = (km_checkpoint){ .missing = 0 };
+	*cp = (km_checkpoint){ .notes = notes };
 	KM_TRY(km_shards_open(&cp->shards, dir, findings, err));
+	km_shards_report_unread(&cp->shards, notes);
 	cp->class = km_xmalloc((size_t)cp->shards.count);
 	memset(cp->class, KM_CLASS_COUNT, (size_t)cp->shards.count);
 	km_name_map_init(&cp->keys, (size_t)cp->shards.count);
@@ -207,11 +216,27 @@ int km_checkpoint_open(km_checkpoint *cp, const char *dir, km_findings *findings
 	return 0;
 }
 
+static bool has_vision(const km_checkpoint *cp)
+{
+	const char *key;
+
+	for (int64_t i = 0; i < cp->shards.count; i++)
+		if (km_name_key(cp->shards.tensors[i]->name, &key) == KM_NAME_VISION)
+			return true;
+	return false;
+}
+
 int km_checkpoint_match(km_checkpoint *cp, const km_config *config, km_module_bind bind,
                         void *context, km_findings *findings, km_err *err)
 {
 	struct matcher k = { cp, config, bind, context, findings };
 
+	cp->no_vision = config->vision.present && !has_vision(cp);
+	if (cp->no_vision)
+		km_findings_add(cp->notes, KM_ENOTFOUND,
+		                "%s: config.json has a vision_config, but no tensor of the vision "
+		                "tower or the projector is there: this is the text model alone",
+		                cp->shards.dir);
 	KM_TRY(km_inventory_visit(config, match_module, &k, err));
 	account_rest(&k);
 	return 0;

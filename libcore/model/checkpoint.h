@@ -1,7 +1,9 @@
 /*
  * A checkpoint folder held against its config: every tensor that the inventory calls for is looked
  * up and its dtype and shape compared, what is left over is accounted for or reported. Problems are
- * findings. Only headers are read. Loading, describing and verifying share this.
+ * findings. Notes are what a text model can be loaded without minding, and a check reports all the
+ * same: files that are not read, a vision tower that is wholly absent. Only headers are read.
+ * Loading, describing and verifying share this.
  */
 #ifndef KM_MODEL_CHECKPOINT_H
 #define KM_MODEL_CHECKPOINT_H
@@ -18,6 +20,8 @@ typedef struct km_checkpoint {
 	                         nowhere */
 	int64_t bytes[KM_CLASS_COUNT], params[KM_CLASS_COUNT];
 	int64_t tensors[KM_CLASS_COUNT], missing;
+	bool no_vision;       /* the config has a tower and the files nothing of it */
+	km_findings *notes;   /* borrowed */
 } km_checkpoint;
 
 /* Called for each module whose tensors are all there and right: [3], NULL where the form has fewer.
@@ -27,7 +31,7 @@ typedef int (*km_module_bind)(void *context, const km_module *module,
 
 /* `bind` may be NULL. Returns negative when the folder cannot be read or `bind` failed. */
 int km_checkpoint_open(km_checkpoint *checkpoint, const char *dir, km_findings *findings,
-                       km_err *err);
+                       km_findings *notes, km_err *err); /* `notes` may be `findings` */
 int km_checkpoint_match(km_checkpoint *checkpoint, const km_config *config, km_module_bind bind,
                         void *context, km_findings *findings, km_err *err);
 void km_checkpoint_close(km_checkpoint *checkpoint); /* also after a failure */

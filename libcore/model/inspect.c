@@ -43,7 +43,7 @@ static int add_planned(void *context, const km_module *m, km_err *err)
 static int look_at_files(struct inspection *in, km_err *err)
 {
 	km_checkpoint cp;
-	int rc = km_checkpoint_open(&cp, in->path, &in->findings, err);
+	int rc = km_checkpoint_open(&cp, in->path, &in->findings, &in->findings, err);
 
 	if (rc >= 0)
 		rc = km_checkpoint_match(&cp, &in->config, NULL, NULL, &in->findings, err);

@@ -283,7 +283,7 @@ static int prepare(struct verifier *v, km_err *err)
 	int files;
 
 	v->has_config = km_config_load(&v->config, v->options->dir, &config_err) >= 0;
-	KM_TRY(km_checkpoint_open(&v->cp, v->options->dir, v->findings, err));
+	KM_TRY(km_checkpoint_open(&v->cp, v->options->dir, v->findings, v->findings, err));
 	if (!v->has_config)
 		km_findings_add_err(v->findings, &config_err);
 	files = v->cp.shards.file_count;

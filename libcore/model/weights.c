@@ -22,7 +22,7 @@
 #include "format/odd_values.h"
 #include "model/checkpoint.h"
 
-enum { REPORTED = 1, ALIGN = 64 };
+enum { REPORTED = 1, NOTED = 8, ALIGN = 64 };
 
 static const int64_t small_bytes = INT64_C(4) << 30;
 
@@ -209,13 +209,13 @@ static void account(km_weights *w, const km_checkpoint *cp)
 	}
 }
 
-static int open_all(struct loader *l, const char *dir, km_findings *findings, km_err *err)
+static int open_all(struct loader *l, const char *dir, km_findings *findings, km_findings *notes,
+                    km_err *err)
 {
 	km_checkpoint *cp = &l->files->checkpoint;
-
 	int64_t bytes = 0;
 
-	KM_TRY(km_checkpoint_open(cp, dir, findings, err));
+	KM_TRY(km_checkpoint_open(cp, dir, findings, notes, err));
 	for (int64_t i = 0; i < cp->shards.count; i++)
 		bytes += (int64_t)cp->shards.tensors[i]->bytes;
 	l->check_scales = bytes <= small_bytes;
@@ -236,14 +236,18 @@ int km_weights_open(km_weights *weights, const km_config *config, const char *di
 {
 	struct km_weights_files *files = km_xcalloc(1, sizeof(*files));
 	struct loader l = { .config = config, .weights = weights, .files = files };
-	km_findings findings;
+	km_findings findings, notes;
 	int rc;
 
 	*weights = (km_weights){ .files = files };
 	km_arena_init(&files->arena, 1 << 20);
 	km_findings_init(&findings, REPORTED);
-	rc = open_all(&l, dir, &findings, err);
+	km_findings_init(&notes, NOTED);
+	rc = open_all(&l, dir, &findings, &notes, err);
+	for (int i = 0; rc >= 0 && i < notes.kept; i++)
+		km_log(KM_LOG_WARN, "%s", notes.items[i].sentence);
 	km_findings_release(&findings);
+	km_findings_release(&notes);
 	if (rc < 0)
 		km_weights_close(weights);
 	return rc;

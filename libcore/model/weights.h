@@ -4,7 +4,8 @@
  * km_weight borrows the map, which lives as long as the km_weights.
  *
  * Names with and without the `language_model.` wrapper are understood, the vision tower's are
- * counted and kept aside. Norms and biases are small, come as f32 copies, and are checked for NaN
+ * counted and kept aside; where a tower's tensors are absent altogether, and where the folder has
+ * files that the index does not name, a warning says so and the text model opens. Norms and biases are small, come as f32 copies, and are checked for NaN
  * here; so are the scales of a checkpoint up to 4 GB. The other numbers are not read (kimi-convert
  * --verify reads all). Any thread may read it after opening.
  */

@@ -112,6 +112,19 @@ void fake_remove(fake_checkpoint *fake, const char *name)
 	*t = fake->tensors[--fake->count];
 }
 
+void fake_remove_all(fake_checkpoint *fake, const char *prefix)
+{
+	int before = fake->count;
+
+	for (int i = fake->count - 1; i >= 0; i--) {
+		if (strncmp(fake->tensors[i].name, prefix, strlen(prefix)) != 0)
+			continue;
+		drop(&fake->tensors[i]);
+		fake->tensors[i] = fake->tensors[--fake->count];
+	}
+	assert_true(fake->count < before);
+}
+
 void fake_rename(km_tensor *t, const char *name)
 {
 	free((void *)(uintptr_t)t->name);

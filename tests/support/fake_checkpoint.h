@@ -18,6 +18,7 @@ void fake_release(fake_checkpoint *fake);
 
 km_tensor *fake_find(fake_checkpoint *fake, const char *name); /* fails the test when not there */
 void fake_remove(fake_checkpoint *fake, const char *name);
+void fake_remove_all(fake_checkpoint *fake, const char *prefix); /* of names; at least one */
 void fake_rename(km_tensor *t, const char *name);
 void fake_reshape(km_tensor *t, enum km_dtype dtype, int ndim, const int64_t *shape); /* zeros */
 km_tensor *fake_add(fake_checkpoint *fake, const char *name, enum km_dtype dtype, int ndim,
