@@ -1,5 +1,5 @@
 /*
- * One step: embedding, layers, head.
+ * One step: embedding, layers, head, for either backend (model/forward.h has what a backend does).
  *
  * The stream of hidden states is updated in one place only, the norm that opens the next block: it adds
  * the last block's output ("delta") to the stream and normalises the sum in one pass. Everything else
@@ -9,252 +9,79 @@
  * Of the last layer most prompt rows matter only to the KV cache. Once that is written, the rows whose
  * logits are wanted (and the decoding ones) move together, and all that follows sees only them.
  *
- * This file only orders ops and checks the batch: ops check nothing.
+ * This file only orders steps and checks the batch: steps and ops check nothing.
  */
-#include "model/model_state.h"
+#include "model/forward.h"
 
 #include <inttypes.h>
-#include <omp.h>
-#include <string.h>
+#include <stdlib.h>
 
-#include "base/clock.h"
+#include "base/mem.h"
 
-/* Runs an op; with a trace, times it and adds its cost. */
-#define RUN(model, kind, function, args)                                                           \
-	do {                                                                                       \
-		int64_t run_start_ = (model)->trace ? km_now_ns() : 0;                             \
-		(model)->ops->function(args);                                                      \
-		if ((model)->trace)                                                                \
-			add_to_trace((model)->trace, kind, args, km_now_ns() - run_start_);        \
-	} while (0)
-
-static void add_to_trace(km_model_trace *trace, enum km_op op, const void *args, int64_t ns)
+void km_kept_init(km_kept *kept, const km_model_options *o)
 {
-	km_cost cost = km_op_cost(op, args);
+	size_t rows = (size_t)o->max_batch_tokens;
 
-	trace->op[op].calls++;
-	trace->op[op].ns += ns;
-	trace->op[op].bytes += cost.bytes;
-	trace->op[op].flops += cost.flops;
+	kept->row = km_xcalloc(rows, sizeof(int32_t));
+	kept->from = km_xcalloc(rows, sizeof(int32_t));
+	kept->positions = km_xcalloc(rows, sizeof(int32_t));
+	kept->start = km_xcalloc((size_t)o->max_seqs + 1, sizeof(int32_t));
 }
 
-static void linear(km_model *m, int tokens, const float *x, const km_weight *w, float *y)
+void km_kept_release(km_kept *kept)
 {
-	km_linear_args args = { tokens, x, w->cols, w, y, w->rows, false };
-
-	RUN(m, KM_OP_LINEAR, linear, &args);
+	free(kept->row);
+	free(kept->from);
+	free(kept->positions);
+	free(kept->start);
+	*kept = (km_kept){ .row = NULL };
 }
 
-/* y = norm(in), rows of `stride` in, packed rows out. */
-static void norm(km_model *m, int tokens, int size, float *in, int stride, const float *weight, float *y)
+/* Which rows the last layer keeps, and the batch that they make. */
+static void choose_kept(km_kept *k, const km_batch *batch)
 {
-	double eps = m->options.hf_lora_norm_eps ? 1e-6 : m->config.rms_norm_eps;
-	km_rmsnorm_args args = { tokens, size, in, stride, NULL, weight, (float)eps, y, size };
-
-	RUN(m, KM_OP_RMSNORM, rmsnorm, &args);
-}
-
-/* stream += delta (when given), y = norm(stream). */
-static void add_and_norm(km_model *m, int tokens, float *stream, const float *delta, const float *weight,
-                         float *y)
-{
-	int size = m->config.hidden_size;
-	km_rmsnorm_args args = { tokens, size, stream, size, delta, weight,
-		                 (float)m->config.rms_norm_eps, y, size };
-
-	RUN(m, KM_OP_RMSNORM, rmsnorm, &args);
-}
-
-static void rope(km_model *m, const km_batch *batch, float *x, int heads, int token_stride, int head_stride)
-{
-	km_rope_args args = {
-		batch->tokens, heads, m->config.qk_rope_head_dim, x, token_stride, head_stride,
-		batch->positions, m->cos_sin,
-	};
-
-	RUN(m, KM_OP_ROPE, rope, &args);
-}
-
-/* q: [tokens, heads, nope + rope], the rope part rotated. */
-static void queries(km_model *m, const km_layer_weights *w, const km_batch *batch)
-{
-	const km_config *c = &m->config;
-	km_step_buffers *s = &m->step;
-	int head = c->qk_nope_head_dim + c->qk_rope_head_dim;
-
-	if (c->q_lora_rank) {
-		linear(m, batch->tokens, s->normed, &w->q_a, s->q_a);
-		norm(m, batch->tokens, c->q_lora_rank, s->q_a, c->q_lora_rank, w->q_a_norm, s->q_a_normed);
-		linear(m, batch->tokens, s->q_a_normed, &w->q_b, s->q);
-	} else {
-		linear(m, batch->tokens, s->normed, &w->q_proj, s->q);
-	}
-	rope(m, batch, s->q + c->qk_nope_head_dim, c->num_attention_heads, km_config_q_width(c), head);
-}
-
-/* Latent and rotated key of the batch's rows, into the cache. */
-static void keys(km_model *m, const km_layer_weights *w, const km_batch *batch, void *cache)
-{
-	const km_config *c = &m->config;
-	km_step_buffers *s = &m->step;
-	int width = km_config_kv_width(c), latent = c->kv_lora_rank;
-	km_kv_write_args args = {
-		batch->tokens, latent, c->qk_rope_head_dim, s->latent, latent,
-		s->kv_a + latent, width, batch->slots, cache, m->options.kv_dtype,
-	};
-
-	linear(m, batch->tokens, s->normed, &w->kv_a, s->kv_a);
-	norm(m, batch->tokens, latent, s->kv_a, width, w->kv_a_norm, s->latent);
-	rope(m, batch, s->kv_a + latent, 1, width, 0);
-	RUN(m, KM_OP_KV_WRITE, kv_write, &args);
-}
-
-static void attention(km_model *m, const km_layer_weights *w, const km_batch *batch, const void *cache)
-{
-	km_step_buffers *s = &m->step;
-	km_mla_args mla = km_mla_shape(&m->config, &m->options);
-
-	queries(m, w, batch);
-	mla.batch = batch;
-	mla.q = s->q;
-	mla.kv_b = &w->kv_b;
-	mla.cache = cache;
-	mla.out = s->heads_out;
-	mla.scratch = s->mla_scratch;
-	if (batch->decode_seqs)
-		RUN(m, KM_OP_MLA_DECODE, mla_decode, &mla);
-	if (batch->decode_seqs < batch->seqs)
-		RUN(m, KM_OP_MLA_PREFILL, mla_prefill, &mla);
-	linear(m, batch->tokens, s->heads_out, &w->o, s->delta);
-}
-
-/* delta = down(silu(gate x) * up x) */
-static void mlp(km_model *m, int tokens, const km_weight *gate, const km_weight *up, const km_weight *down)
-{
-	km_step_buffers *s = &m->step;
-	km_silu_mul_args act = { tokens, gate->rows, s->gate, s->up, gate->rows, s->act };
-
-	linear(m, tokens, s->normed, gate, s->gate);
-	linear(m, tokens, s->normed, up, s->up);
-	RUN(m, KM_OP_SILU_MUL, silu_mul, &act);
-	linear(m, tokens, s->act, down, s->delta);
-}
-
-/* Router logits in f32, selection, and the routed experts' sum added to delta. */
-static void routed_experts(km_model *m, const km_layer_weights *w, int tokens)
-{
-	const km_config *c = &m->config;
-	km_step_buffers *s = &m->step;
-	km_gate_args gate = {
-		tokens, c->n_routed_experts, c->num_experts_per_tok, c->n_group, c->topk_group,
-		c->scoring_softmax, c->norm_topk_prob, s->router, w->router_bias, s->expert_ids,
-		s->expert_weights,
-	};
-	km_moe_args moe = km_moe_shape(c);
-
-	linear(m, tokens, s->normed, &w->router, s->router);
-	RUN(m, KM_OP_GATE, gate, &gate);
-	moe.tokens = tokens;
-	moe.x = s->normed;
-	moe.ids = s->expert_ids;
-	moe.weights = s->expert_weights;
-	moe.gate = w->expert_gate;
-	moe.up = w->expert_up;
-	moe.down = w->expert_down;
-	moe.y = s->delta;
-	moe.scratch = s->moe_scratch;
-	RUN(m, KM_OP_MOE, moe, &moe);
-}
-
-static void feed_forward(km_model *m, int layer, int tokens)
-{
-	const km_layer_weights *w = &m->weights.layer[layer];
-
-	if (!km_config_is_moe_layer(&m->config, layer)) {
-		mlp(m, tokens, &w->gate, &w->up, &w->down);
-		return;
-	}
-	if (m->config.n_shared_experts)
-		mlp(m, tokens, &w->shared_gate, &w->shared_up, &w->shared_down);
-	else
-		memset(m->step.delta, 0, (size_t)tokens * (size_t)m->config.hidden_size * 4);
-	routed_experts(m, w, tokens);
-}
-
-static void move_row(const km_model *m, float *rows, int to, int from)
-{
-	size_t size = (size_t)m->config.hidden_size;
-
-	if (to != from)
-		memcpy(rows + (size_t)to * size, rows + (size_t)from * size, size * sizeof(float));
-}
-
-/* Moves the wanted rows of hidden and normed together; the batch that they make. */
-static const km_batch *keep_wanted(km_model *m, const km_batch *batch)
-{
-	km_step_buffers *s = &m->step;
 	int rows = 0;
 
 	for (int t = 0; t < batch->tokens; t++)
-		s->kept_row[t] = t < batch->decode_seqs ? 0 : -1;
+		k->row[t] = t < batch->decode_seqs ? 0 : -1;
 	for (int i = 0; i < batch->logit_rows; i++)
-		s->kept_row[batch->logit_row[i]] = 0;
+		k->row[batch->logit_row[i]] = 0;
 	for (int seq = 0; seq < batch->seqs; seq++) {
-		s->kept_start[seq] = rows;
+		k->start[seq] = rows;
 		for (int t = batch->seq_start[seq]; t < batch->seq_start[seq + 1]; t++) {
-			if (s->kept_row[t] < 0)
+			if (k->row[t] < 0)
 				continue;
-			move_row(m, s->hidden, rows, t);
-			move_row(m, s->normed, rows, t);
-			s->kept_positions[rows] = batch->positions[t];
-			s->kept_row[t] = rows++;
+			k->from[rows] = t;
+			k->positions[rows] = batch->positions[t];
+			k->row[t] = rows++;
 		}
 	}
-	s->kept_start[batch->seqs] = rows;
-	s->kept = *batch;
-	s->kept.tokens = rows;
-	s->kept.positions = s->kept_positions;
-	s->kept.seq_start = s->kept_start;
-	s->kept.ids = s->kept.slots = NULL; /* used up */
-	return &s->kept;
+	k->start[batch->seqs] = rows;
+	k->batch = *batch;
+	k->batch.tokens = rows;
+	k->batch.positions = k->positions;
+	k->batch.seq_start = k->start;
+	k->batch.ids = k->batch.slots = NULL; /* used up */
 }
 
-static void layers(km_model *m, const km_batch *batch)
+static int run_steps(km_model *m, const km_batch *batch, km_err *err)
 {
-	km_step_buffers *s = &m->step;
+	const km_steps *s = m->steps;
 	int last = m->config.num_hidden_layers - 1;
 
+	KM_TRY(s->embed(m, batch, err));
 	for (int i = 0; i <= last; i++) {
-		const km_layer_weights *w = &m->weights.layer[i];
-		void *cache = (char *)m->kv + m->kv_layer_bytes * (size_t)i;
-
-		add_and_norm(m, batch->tokens, s->hidden, i ? s->delta : NULL, w->input_norm, s->normed);
-		keys(m, w, batch, cache);
-		if (i == last)
-			batch = keep_wanted(m, batch);
+		KM_TRY(s->project(m, i, batch, err));
+		if (i == last) {
+			batch = &m->kept.batch;
+			KM_TRY(s->keep(m, batch, err));
+		}
 		if (!batch->tokens)
-			return;
-		attention(m, w, batch, cache);
-		add_and_norm(m, batch->tokens, s->hidden, s->delta, w->post_attention_norm, s->normed);
-		feed_forward(m, i, batch->tokens);
+			return 0;
+		KM_TRY(s->attend(m, i, batch, err));
+		KM_TRY(s->feed_forward(m, i, batch, err));
 	}
-}
-
-static void head(km_model *m, const km_batch *batch)
-{
-	km_step_buffers *s = &m->step;
-	size_t hidden = (size_t)m->config.hidden_size;
-
-	if (!batch->logit_rows)
-		return;
-	for (int i = 0; i < batch->logit_rows; i++) {
-		size_t from = (size_t)s->kept_row[batch->logit_row[i]] * hidden, to = (size_t)i * hidden;
-
-		memcpy(s->head_hidden + to, s->hidden + from, hidden * 4);
-		memcpy(s->head_delta + to, s->delta + from, hidden * 4);
-	}
-	add_and_norm(m, batch->logit_rows, s->head_hidden, s->head_delta, m->weights.norm, s->head_normed);
-	linear(m, batch->logit_rows, s->head_normed, &m->weights.head, s->logits);
+	return batch->logit_rows ? s->head(m, batch, err) : 0;
 }
 
 static int check_counts(const km_model *m, const km_batch *b, km_err *err)
@@ -341,15 +168,12 @@ static int check_batch(const km_model *m, const km_batch *b, km_err *err)
 
 int km_model_forward(km_model *m, const km_batch *batch, const float **logits, km_err *err)
 {
-	km_embed_args embed = { batch->tokens, batch->ids, &m->weights.embed, m->step.hidden };
-	int threads = omp_get_max_threads();
+	int rc;
 
 	KM_TRY(check_batch(m, batch, err));
-	omp_set_num_threads(m->options.threads); /* of this thread alone; put back below */
-	RUN(m, KM_OP_EMBED, embed, &embed);
-	layers(m, batch);
-	head(m, batch);
-	omp_set_num_threads(threads);
-	*logits = m->step.logits;
-	return 0;
+	choose_kept(&m->kept, batch);
+	rc = m->steps->begin(m, batch, err);
+	if (rc >= 0)
+		rc = run_steps(m, batch, err);
+	return m->steps->end(m, batch, rc, logits, err);
 }

@@ -8,7 +8,7 @@
  * table are anonymous maps; step buffers and table are touched at open, the KV cache's pages come when
  * they are first written, so an idle server does not hold them.
  */
-#include "model/model_state.h"
+#include "model/forward.h"
 #include "model/rope.h"
 
 #include <omp.h>
@@ -55,6 +55,7 @@ static int choose_ops(km_model *model, km_err *err)
 {
 	const char *isa = model->options.isa;
 
+	model->steps = &km_cpu_steps;
 	model->ops = km_cpu_ops(isa);
 	if (!model->ops)
 		return km_fail(err, KM_EUNSUPPORTED,
@@ -94,6 +95,7 @@ static int open_parts(km_model *model, const char *dir, km_err *err)
 		return km_fail(err, KM_EINVAL, "%s: a KV cache of no tokens makes no sense", dir);
 	KM_TRY(check_fit(&plan, dir, err));
 	KM_TRY(km_weights_open(&model->weights, &model->config, dir, err));
+	km_kept_init(&model->kept, &model->options);
 	return map_memory(model, err);
 }
 
@@ -120,6 +122,7 @@ void km_model_close(km_model *model)
 	unmap_block(model->kv, model->kv_layer_bytes * (size_t)model->config.num_hidden_layers);
 	unmap_block(model->block, model->step.bytes);
 	km_weights_close(&model->weights);
+	km_kept_release(&model->kept);
 	km_config_release(&model->config);
 	free(model);
 }

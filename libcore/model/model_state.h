@@ -5,7 +5,7 @@
  * A step's buffers lie in one block, planned at open. The three phases of a step never live at the same
  * time and share one region:
  *
- *   | hidden | normed | delta | kept | phase ........................................| logits |
+ *   | hidden | normed | delta | phase .................................................| logits |
  *                              A attention: q_a q_a_normed kv_a latent q heads_out op_scratch
  *                              B mlp:       gate up act router expert_weights expert_ids op_scratch
  *                              C head:      head_hidden head_delta head_normed
@@ -20,11 +20,6 @@ typedef struct km_step_buffers {
 	float *hidden; /* [tokens, hidden_size], the residual stream */
 	float *normed; /* [tokens, hidden_size] */
 	float *delta;  /* [tokens, hidden_size], what a block adds to the stream */
-	/* the rows that the last layer keeps */
-	int32_t *kept_row;       /* [tokens], where a row went, or -1 */
-	int32_t *kept_positions; /* [tokens] */
-	int32_t *kept_start;     /* [seqs + 1] */
-	km_batch kept;
 	/* A */
 	float *q_a, *q_a_normed; /* [tokens, q_lora_rank] */
 	float *kv_a;             /* [tokens, kv_lora_rank + rope] */
@@ -45,11 +40,24 @@ typedef struct km_step_buffers {
 	size_t bytes, logits_bytes; /* of all, of logits */
 } km_step_buffers;
 
+/* The rows that the last layer keeps of a batch, host memory. */
+typedef struct km_kept {
+	int32_t *row;       /* [tokens], where a row goes, or -1 */
+	int32_t *from;      /* [kept rows], where a row came from */
+	int32_t *positions; /* [kept rows] */
+	int32_t *start;     /* [seqs + 1] */
+	km_batch batch;     /* what the kept rows make */
+} km_kept;
+
 struct km_model {
 	km_config config;
 	km_weights weights;
 	km_model_options options; /* isa and threads resolved */
+	const struct km_steps *steps; /* the backend's */
+	km_kept kept;
+	struct km_gpu *gpu; /* model/gpu.h's; NULL on the CPU, whose what follows is */
 	const km_ops *ops;
+	int caller_threads;
 	km_step_buffers step;
 	void *block;     /* the step buffers, mapped */
 	void *kv;        /* [layers, kv_slots, kv_lora_rank + rope] of kv_dtype, mapped */

@@ -123,9 +123,6 @@ void km_step_lay_out(km_step_buffers *s, const km_config *c, const km_model_opti
 	s->hidden = place(&at, rows, c->hidden_size);
 	s->normed = place(&at, rows, c->hidden_size);
 	s->delta = place(&at, rows, c->hidden_size);
-	s->kept_row = place(&at, rows, 1);
-	s->kept_positions = place(&at, rows, 1);
-	s->kept_start = place(&at, o->max_seqs + 1, 1);
 	phase = place_attention(s, c, o, at);
 	end = place_mlp(s, c, o, at);
 	phase = end > phase ? end : phase;

@@ -1,0 +1,262 @@
+/*
+ * The blocks of a step on the CPU: the ops of device/op.h in order. With a trace each op is timed.
+ */
+#include "model/forward.h"
+
+#include <omp.h>
+#include <string.h>
+
+#include "base/clock.h"
+
+/* Runs an op; with a trace, times it and adds its cost. */
+#define RUN(model, kind, function, args)                                                           \
+	do {                                                                                       \
+		int64_t run_start_ = (model)->trace ? km_now_ns() : 0;                             \
+		(model)->ops->function(args);                                                      \
+		if ((model)->trace)                                                                \
+			add_to_trace((model)->trace, kind, args, km_now_ns() - run_start_);        \
+	} while (0)
+
+static void add_to_trace(km_model_trace *trace, enum km_op op, const void *args, int64_t ns)
+{
+	km_cost cost = km_op_cost(op, args);
+
+	trace->op[op].calls++;
+	trace->op[op].ns += ns;
+	trace->op[op].bytes += cost.bytes;
+	trace->op[op].flops += cost.flops;
+}
+
+static void *layer_cache(const km_model *m, int layer)
+{
+	return (char *)m->kv + m->kv_layer_bytes * (size_t)layer;
+}
+
+static void linear(km_model *m, int tokens, const float *x, const km_weight *w, float *y)
+{
+	km_linear_args args = { tokens, x, w->cols, w, y, w->rows, false };
+
+	RUN(m, KM_OP_LINEAR, linear, &args);
+}
+
+/* y = norm(in), rows of `stride` in, packed rows out. */
+static void norm(km_model *m, int tokens, int size, float *in, int stride, const float *weight, float *y)
+{
+	double eps = m->options.hf_lora_norm_eps ? 1e-6 : m->config.rms_norm_eps;
+	km_rmsnorm_args args = { tokens, size, in, stride, NULL, weight, (float)eps, y, size };
+
+	RUN(m, KM_OP_RMSNORM, rmsnorm, &args);
+}
+
+/* stream += delta (when given), y = norm(stream). */
+static void add_and_norm(km_model *m, int tokens, float *stream, const float *delta, const float *weight,
+                         float *y)
+{
+	int size = m->config.hidden_size;
+	km_rmsnorm_args args = { tokens, size, stream, size, delta, weight,
+		                 (float)m->config.rms_norm_eps, y, size };
+
+	RUN(m, KM_OP_RMSNORM, rmsnorm, &args);
+}
+
+static void rope(km_model *m, const km_batch *batch, float *x, int heads, int token_stride, int head_stride)
+{
+	km_rope_args args = {
+		batch->tokens, heads, m->config.qk_rope_head_dim, x, token_stride, head_stride,
+		batch->positions, m->cos_sin,
+	};
+
+	RUN(m, KM_OP_ROPE, rope, &args);
+}
+
+/* q: [tokens, heads, nope + rope], the rope part rotated. */
+static void queries(km_model *m, const km_layer_weights *w, const km_batch *batch)
+{
+	const km_config *c = &m->config;
+	km_step_buffers *s = &m->step;
+	int head = c->qk_nope_head_dim + c->qk_rope_head_dim;
+
+	if (c->q_lora_rank) {
+		linear(m, batch->tokens, s->normed, &w->q_a, s->q_a);
+		norm(m, batch->tokens, c->q_lora_rank, s->q_a, c->q_lora_rank, w->q_a_norm, s->q_a_normed);
+		linear(m, batch->tokens, s->q_a_normed, &w->q_b, s->q);
+	} else {
+		linear(m, batch->tokens, s->normed, &w->q_proj, s->q);
+	}
+	rope(m, batch, s->q + c->qk_nope_head_dim, c->num_attention_heads, km_config_q_width(c), head);
+}
+
+/* Latent and rotated key of the batch's rows, into the cache. */
+static void keys(km_model *m, const km_layer_weights *w, const km_batch *batch, void *cache)
+{
+	const km_config *c = &m->config;
+	km_step_buffers *s = &m->step;
+	int width = km_config_kv_width(c), latent = c->kv_lora_rank;
+	km_kv_write_args args = {
+		batch->tokens, latent, c->qk_rope_head_dim, s->latent, latent,
+		s->kv_a + latent, width, batch->slots, cache, m->options.kv_dtype,
+	};
+
+	linear(m, batch->tokens, s->normed, &w->kv_a, s->kv_a);
+	norm(m, batch->tokens, latent, s->kv_a, width, w->kv_a_norm, s->latent);
+	rope(m, batch, s->kv_a + latent, 1, width, 0);
+	RUN(m, KM_OP_KV_WRITE, kv_write, &args);
+}
+
+static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_layer_weights *w = &m->weights.layer[layer];
+	km_step_buffers *s = &m->step;
+	km_mla_args mla = km_mla_shape(&m->config, &m->options);
+
+	(void)err;
+	queries(m, w, batch);
+	mla.batch = batch;
+	mla.q = s->q;
+	mla.kv_b = &w->kv_b;
+	mla.cache = layer_cache(m, layer);
+	mla.out = s->heads_out;
+	mla.scratch = s->mla_scratch;
+	if (batch->decode_seqs)
+		RUN(m, KM_OP_MLA_DECODE, mla_decode, &mla);
+	if (batch->decode_seqs < batch->seqs)
+		RUN(m, KM_OP_MLA_PREFILL, mla_prefill, &mla);
+	linear(m, batch->tokens, s->heads_out, &w->o, s->delta);
+	return 0;
+}
+
+/* delta = down(silu(gate x) * up x) */
+static void mlp(km_model *m, int tokens, const km_weight *gate, const km_weight *up, const km_weight *down)
+{
+	km_step_buffers *s = &m->step;
+	km_silu_mul_args act = { tokens, gate->rows, s->gate, s->up, gate->rows, s->act };
+
+	linear(m, tokens, s->normed, gate, s->gate);
+	linear(m, tokens, s->normed, up, s->up);
+	RUN(m, KM_OP_SILU_MUL, silu_mul, &act);
+	linear(m, tokens, s->act, down, s->delta);
+}
+
+/* Router logits in f32, selection, and the routed experts' sum added to delta. */
+static void routed_experts(km_model *m, const km_layer_weights *w, int tokens)
+{
+	const km_config *c = &m->config;
+	km_step_buffers *s = &m->step;
+	km_gate_args gate = {
+		tokens, c->n_routed_experts, c->num_experts_per_tok, c->n_group, c->topk_group,
+		c->scoring_softmax, c->norm_topk_prob, s->router, w->router_bias, s->expert_ids,
+		s->expert_weights,
+	};
+	km_moe_args moe = km_moe_shape(c);
+
+	linear(m, tokens, s->normed, &w->router, s->router);
+	RUN(m, KM_OP_GATE, gate, &gate);
+	moe.tokens = tokens;
+	moe.x = s->normed;
+	moe.ids = s->expert_ids;
+	moe.weights = s->expert_weights;
+	moe.gate = w->expert_gate;
+	moe.up = w->expert_up;
+	moe.down = w->expert_down;
+	moe.y = s->delta;
+	moe.scratch = s->moe_scratch;
+	RUN(m, KM_OP_MOE, moe, &moe);
+}
+
+static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_layer_weights *w = &m->weights.layer[layer];
+	km_step_buffers *s = &m->step;
+	int tokens = batch->tokens;
+
+	(void)err;
+	add_and_norm(m, tokens, s->hidden, s->delta, w->post_attention_norm, s->normed);
+	if (!km_config_is_moe_layer(&m->config, layer)) {
+		mlp(m, tokens, &w->gate, &w->up, &w->down);
+		return 0;
+	}
+	if (m->config.n_shared_experts)
+		mlp(m, tokens, &w->shared_gate, &w->shared_up, &w->shared_down);
+	else
+		memset(s->delta, 0, (size_t)tokens * (size_t)m->config.hidden_size * 4);
+	routed_experts(m, w, tokens);
+	return 0;
+}
+
+static void move_row(const km_model *m, float *rows, int to, int from)
+{
+	size_t size = (size_t)m->config.hidden_size;
+
+	if (to != from)
+		memcpy(rows + (size_t)to * size, rows + (size_t)from * size, size * sizeof(float));
+}
+
+/* Rows only move down: none is written before it is read. */
+static int keep(km_model *m, const km_batch *kept, km_err *err)
+{
+	(void)err;
+	for (int i = 0; i < kept->tokens; i++) {
+		move_row(m, m->step.hidden, i, m->kept.from[i]);
+		move_row(m, m->step.normed, i, m->kept.from[i]);
+	}
+	return 0;
+}
+
+static int project(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_layer_weights *w = &m->weights.layer[layer];
+	km_step_buffers *s = &m->step;
+
+	(void)err;
+	add_and_norm(m, batch->tokens, s->hidden, layer ? s->delta : NULL, w->input_norm, s->normed);
+	keys(m, w, batch, layer_cache(m, layer));
+	return 0;
+}
+
+static int head(km_model *m, const km_batch *batch, km_err *err)
+{
+	km_step_buffers *s = &m->step;
+	size_t hidden = (size_t)m->config.hidden_size;
+
+	(void)err;
+	for (int i = 0; i < batch->logit_rows; i++) {
+		size_t from = (size_t)m->kept.row[batch->logit_row[i]] * hidden, to = (size_t)i * hidden;
+
+		memcpy(s->head_hidden + to, s->hidden + from, hidden * 4);
+		memcpy(s->head_delta + to, s->delta + from, hidden * 4);
+	}
+	add_and_norm(m, batch->logit_rows, s->head_hidden, s->head_delta, m->weights.norm, s->head_normed);
+	linear(m, batch->logit_rows, s->head_normed, &m->weights.head, s->logits);
+	return 0;
+}
+
+/* OpenMP's number of threads is the calling thread's own: set for the step, put back after it. */
+static int begin(km_model *m, const km_batch *batch, km_err *err)
+{
+	(void)batch, (void)err;
+	m->caller_threads = omp_get_max_threads();
+	omp_set_num_threads(m->options.threads);
+	return 0;
+}
+
+static int embed(km_model *m, const km_batch *batch, km_err *err)
+{
+	km_embed_args args = { batch->tokens, batch->ids, &m->weights.embed, m->step.hidden };
+
+	(void)err;
+	RUN(m, KM_OP_EMBED, embed, &args);
+	return 0;
+}
+
+static int end(km_model *m, const km_batch *batch, int rc, const float **logits, km_err *err)
+{
+	(void)batch, (void)err;
+	omp_set_num_threads(m->caller_threads);
+	*logits = m->step.logits;
+	return rc;
+}
+
+const km_steps km_cpu_steps = {
+	.begin = begin, .embed = embed, .project = project, .keep = keep,
+	.attend = attend, .feed_forward = feed_forward, .head = head, .end = end,
+};
