@@ -1,0 +1,130 @@
+/* The plan of the experts: what it chooses, what it refuses, and that every candidate is taken. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <string.h>
+
+#include "device/moe_plan.h"
+
+static const km_moe_device h100 = { 90, 132 };
+static km_err err;
+
+static km_moe_problem k25(int tokens, int intermediate)
+{
+	return (km_moe_problem){ .tokens = tokens, .experts = 384, .global_experts = 384, .top_k = 8,
+		                 .hidden = 7168, .intermediate = intermediate, .group = 32, .packed = true };
+}
+
+static void test_every_candidate_is_taken(void **state)
+{
+	static const int mids[] = { 128, 256, 512, 1024, 2048 }, tokens[] = { 1, 3, 8, 64, 300, 1024, 8192 };
+
+	(void)state;
+	for (int i = 0; i < 5; i++)
+		for (int t = 0; t < 7; t++)
+			for (int group = 32; group <= 128; group *= 2) {
+				km_moe_problem p = k25(tokens[t], mids[i]);
+				km_moe_tile tiles[128];
+				km_moe_plan plan;
+				int n;
+
+				p.group = group;
+				n = km_moe_candidates(&p, &h100, tiles, 128);
+				assert_in_range(n, 10, 128);
+				for (int c = 0; c < n; c++) {
+					assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tiles[c], &err), 0);
+					assert_true(plan.tuned);
+					assert_memory_equal(&plan.tile, &tiles[c], sizeof(tiles[c]));
+					assert_in_range(plan.smem_bytes, 1, 227 * 1024);
+					assert_in_range(plan.x_stages, 2, 4);
+					for (int o = 0; o < c; o++)
+						assert_memory_not_equal(&tiles[o], &tiles[c], sizeof(tiles[c]));
+				}
+				assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+				assert_false(plan.tuned);
+				for (int c = 0; c <= n; c++) {
+					assert_int_not_equal(c, n); /* the own choice is one of them */
+					if (!memcmp(&plan.tile, &tiles[c], sizeof(tiles[c])))
+						break;
+				}
+			}
+}
+
+static void test_forms(void **state)
+{
+	km_moe_problem p = k25(1, 256);
+	km_moe_plan plan;
+	km_buf out = { 0 };
+
+	(void)state;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+	assert_int_equal(plan.form, KM_MOE_DECODE);
+	assert_true(plan.align_inside);
+	p.tokens = 64;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+	assert_int_equal(plan.form, KM_MOE_GROUPED);
+	assert_int_equal(plan.tile.block_m, 8);
+	p.tokens = 4096;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+	assert_int_equal(plan.tile.block_m, 128);
+	assert_true(plan.part_bf16);
+	p.packed = false;
+	p.hidden = 1000;
+	p.intermediate = 24;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+	assert_int_equal(plan.form, KM_MOE_GENERAL);
+	assert_int_equal(km_moe_candidates(&p, &h100, NULL, 0), 0);
+	km_moe_plan_explain(&plan, &p, &h100, &out);
+	assert_non_null(strstr(out.data, "not int4 in the packed layout"));
+	km_buf_release(&out);
+}
+
+static void test_refusals(void **state)
+{
+	km_moe_problem p = k25(16, 256);
+	km_moe_tile tile = { 8, 48, 512, 1, 8, 4 };
+	km_moe_plan plan;
+
+	(void)state;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), KM_EUNSUPPORTED);
+	assert_non_null(strstr(err.msg, "BLOCK_SIZE_N 48"));
+	tile.block_n = 64;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), 0);
+	tile.block_k = 256;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), KM_EUNSUPPORTED);
+	assert_non_null(strstr(err.msg, "BLOCK_SIZE_K 512, got 256"));
+	tile.block_k = 512;
+	tile.stages = 17;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), KM_EUNSUPPORTED);
+	assert_non_null(strstr(err.msg, "num_stages"));
+	tile.stages = 4;
+	tile.warps = 4;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), KM_EUNSUPPORTED);
+	assert_non_null(strstr(err.msg, "num_warps is 8, got 4"));
+	p.group = 48;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), KM_EUNSUPPORTED);
+	assert_non_null(strstr(err.msg, "got 48"));
+	p = k25(16, 256);
+	p.experts = 48;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), KM_EINVAL);
+	assert_non_null(strstr(err.msg, "there is no expert map"));
+	p.expert_map = true;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+	assert_int_equal(km_moe_plan_make(&plan, &p, &(km_moe_device){ 75, 40 }, NULL, &err), KM_EUNSUPPORTED);
+	assert_non_null(strstr(err.msg, "7.5"));
+}
+
+int main(void)
+{
+	const struct CMUnitTest tests[] = {
+		cmocka_unit_test(test_every_candidate_is_taken),
+		cmocka_unit_test(test_forms),
+		cmocka_unit_test(test_refusals),
+	};
+
+	return cmocka_run_group_tests(tests, NULL, NULL);
+}
