@@ -44,7 +44,6 @@ endif
 # where the processor has the instructions.
 ISA_avx2 := -mavx2 -mfma -mf16c -mbmi2
 ISA_avx512 := $(ISA_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq
-ISA_avx512bf16 := $(ISA_avx512) -mavx512bf16 -mavx512vbmi
 isa = $(ISA_$(lastword $(subst _, ,$(basename $(notdir $1)))))
 
 core_src := $(filter-out libcore/device/cuda%,$(sort $(wildcard libcore/*/*.c)))

@@ -210,6 +210,7 @@ static void wrong_messages_are_named(void **state)
 		{ "[]", "", "object" },
 		{ "{\"messages\":", "", "not JSON" },
 		{ "{\"messages\":\"\xff\"}", "", "UTF-8" },
+		{ "{\"messages\":\"a\\u0000b\"}", "", "holds \\u0000 (line 1 column" },
 		{ "", "", "not JSON" },
 	};
 	char deep[400];

@@ -617,6 +617,8 @@ static int json_depth(const char *s, size_t len)
 	return deepest;
 }
 
+/* A NUL is refused, not cut at: no model was taught one, and half the ways that a string goes through
+ * from here on end at it. */
 json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 {
 	json_error_t where;
@@ -634,6 +636,13 @@ json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 		return NULL;
 	}
 	json = json_loadb(body, len, 0, &where);
+	if (!json && json_error_code(&where) == json_error_null_character) {
+		km_openai_fail(error, 400, NULL, "invalid_json",
+		               "A string of the body holds \\u0000 (line %d column %d), which is not "
+		               "accepted.",
+		               where.line, where.column);
+		return NULL;
+	}
 	if (!json) {
 		km_openai_fail(error, 400, NULL, "invalid_json",
 		               "The body is not JSON: line %d column %d: %s.", where.line,
