@@ -304,7 +304,7 @@ chunk() {
 		([.[].choices[0].delta.reasoning_content // ""] | add),
 		([.[].choices[0].delta.tool_calls[0]?.function.arguments // ""] | add), .[-1].choices[0].finish_reason]' >got
 	[ "$(cat got)" = '["One","hm","{\"x\":1}","tool_calls"]' ]
-	! grep -q '<|' out
+	[ "$(grep -c '<|' out)" -eq 0 ]
 	run kimi-parse --sse --strict in
 	[ "$status" -eq 0 ]
 }
@@ -332,8 +332,7 @@ chunk() {
 	grep -q 'ends without \[DONE\]' err
 	grep -q 'Sure. ' out
 	[ "$(grep '^data: {' out | sed 's/^data: //' | jq -sr '[.[].choices[0].delta.tool_calls[0]?.function.arguments // ""] | add')" = '{"x": 12' ]
-	! grep -q DONE out
-	! grep -q 'finish_reason":"' out
+	[ "$(grep -cE 'DONE|finish_reason":"' out)" -eq 0 ]
 }
 
 @test "errors in a stream are handed on, status 1" {
