@@ -182,6 +182,40 @@ static void check_linear(const km_ops *ops)
 		linear_case(ops, &weight_cases[i], i % 3 == 1);
 }
 
+/* Row r of the weight is byte r, then zeros: y is each of fp8's numbers, NaN and subnormals too. */
+static void check_fp8_codes(const km_ops *ops)
+{
+	enum { CODES = 256, COLS = 128 };
+	uint8_t *data = km_xcalloc(CODES * COLS, 1);
+	float scales[CODES / 128] = { 0.75f, 0.75f }, x[5 * COLS] = { 0 }, y[5 * CODES];
+	km_weight w = { .type = KM_W_FP8, .rows = CODES, .cols = COLS, .data = data, .scale = scales,
+		        .scale_dtype = KM_F32, .block_rows = 128, .block_cols = 128 };
+
+	for (int r = 0; r < CODES; r++)
+		data[r * COLS] = (uint8_t)r;
+	for (int t = 0; t < 5; t++)
+		x[t * COLS] = 1;
+	for (int tokens = 1; tokens <= 5; tokens += 4) {
+		km_linear_args a = { tokens, x, COLS, &w, y, CODES, false };
+
+		ops->linear(&a);
+		for (int i = 0; i < tokens * CODES; i++) {
+			float want = km_f8_e4m3_to_f32((uint8_t)(i % CODES)) * 0.75f;
+
+			if (isnan(want) ? !isnan(y[i]) : y[i] != want)
+				fail_msg("%s: code %d is %.9g, want %.9g", ops->name, i % CODES,
+				         (double)y[i], (double)want);
+		}
+	}
+	free(data);
+}
+
+static void each_fp8_number_is_read_exactly(void **state)
+{
+	(void)state;
+	each_form(check_fp8_codes);
+}
+
 static void linear_is_right_and_rows_are_independent(void **state)
 {
 	(void)state;
@@ -932,6 +966,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(forms_are_found_by_name),
 		cmocka_unit_test(weights_read_exactly),
+		cmocka_unit_test(each_fp8_number_is_read_exactly),
 		cmocka_unit_test(linear_is_right_and_rows_are_independent),
 		cmocka_unit_test(rmsnorm_is_right),
 		cmocka_unit_test(moves_are_exact),

@@ -64,14 +64,15 @@ KM_INLINE vf v_load_bf16_n(const void *p, int n)
 	return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
 }
 
-/* e4m3 / 256: a byte's exponent and mantissa put into an f16, subnormals included. */
+/* e4m3 / 256: a byte's exponent and mantissa put into an f16, subnormals included; the sign comes along
+ * by sign extension. */
 KM_INLINE vf v_load_fp8_256th(const void *p)
 {
-	__m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-	__m256i half = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(u, 8), 1),
+	__m128i bytes = _mm_loadu_si128((const __m128i *)p);
+	__m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7),
 	                                _mm256_set1_epi16((short)0xbf80));
-	__mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(u, _mm256_set1_epi16(0x7f)),
-	                                        _mm256_set1_epi16(0x7f));
+	__mmask16 nan = _mm_cmpeq_epi8_mask(_mm_or_si128(bytes, _mm_set1_epi8((char)0x80)),
+	                                    _mm_set1_epi8(-1));
 
 	return _mm512_cvtph_ps(_mm256_mask_mov_epi16(half, nan, _mm256_set1_epi16(0x7e00)));
 }
@@ -197,10 +198,10 @@ KM_INLINE vf v_load_bf16_n(const void *p, int n)
 /* e4m3 / 256: a byte's exponent and mantissa put into an f16, subnormals included. */
 KM_INLINE vf v_load_fp8_256th(const void *p)
 {
-	__m128i u = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)p));
-	__m128i half = _mm_and_si128(_mm_srai_epi16(_mm_slli_epi16(u, 8), 1),
-	                             _mm_set1_epi16((short)0xbf80));
-	__m128i nan = _mm_cmpeq_epi16(_mm_and_si128(u, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
+	__m128i u = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)p));
+	__m128i half = _mm_and_si128(_mm_slli_epi16(u, 7), _mm_set1_epi16((short)0xbf80));
+	__m128i nan = _mm_cmpeq_epi16(_mm_or_si128(u, _mm_set1_epi16((short)0xff80)),
+	                              _mm_set1_epi16(-1));
 
 	return _mm256_cvtph_ps(_mm_blendv_epi8(half, _mm_set1_epi16(0x7e00), nan));
 }
