@@ -31,6 +31,7 @@ struct header {
 	km_safetensors *file;
 	int cap;
 	uint64_t data_bytes; /* what the file has after the header */
+	bool alone;          /* there is no data to hold against it */
 };
 
 static int tensor_fail(const struct header *h, const km_tensor *t, const char *what)
@@ -140,18 +141,23 @@ static int read_tensor(struct header *h, km_tensor *t)
 
 static int read_metadata(struct header *h)
 {
+	km_safetensors *file = h->file;
 	bool first = true, more;
-	const char *text;
 	size_t len;
 
 	KM_TRY(km_scan_expect(&h->scan, '{'));
 	for (;;) {
+		km_metadata m;
+
 		KM_TRY(km_scan_next(&h->scan, '}', &first, &more));
 		if (!more)
 			return 0;
-		KM_TRY(km_scan_string(&h->scan, &text, &len));
+		KM_TRY(km_scan_string(&h->scan, &m.key, &len));
 		KM_TRY(km_scan_expect(&h->scan, ':'));
-		KM_TRY(km_scan_string(&h->scan, &text, &len));
+		KM_TRY(km_scan_string(&h->scan, &m.value, &len));
+		file->metadata = km_xreallocarray(file->metadata, (size_t)file->metadata_count + 1,
+		                                  sizeof(*file->metadata));
+		file->metadata[file->metadata_count++] = m;
 	}
 }
 
@@ -234,13 +240,13 @@ static int check_cover(struct header *h)
 			               file->path, t->offset - at, t->name);
 		at = t->offset +
 		     t->bytes; /* check_size has bounded both by the end offset, a u64 */
-		if (at > h->data_bytes)
+		if (!h->alone && at > h->data_bytes)
 			return km_fail(h->scan.err, KM_EFORMAT,
 			               "%s: is truncated: tensor %s ends at byte %" PRIu64
 			               " of the data, the file has %" PRIu64,
 			               file->path, t->name, at, h->data_bytes);
 	}
-	if (at < h->data_bytes)
+	if (!h->alone && at < h->data_bytes)
 		return km_fail(h->scan.err, KM_EFORMAT,
 		               "%s: has %" PRIu64 " bytes after its last tensor's end", file->path,
 		               h->data_bytes - at);
@@ -273,28 +279,44 @@ static int find_header(const km_safetensors *file, uint64_t *len, km_err *err)
 	return 0;
 }
 
-static int parse_map(km_safetensors *file, km_err *err)
+static int parse_text(struct header *h, const char *json, size_t len, km_err *err)
 {
-	struct header h = { .file = file };
+	km_safetensors *file = h->file;
 	bool sorted = true;
-	uint64_t len = 0;
 
-	KM_TRY(find_header(file, &len, err));
-	file->data_at = 8 + len;
-	h.data_bytes = file->size - file->data_at;
-	km_scan_init(&h.scan, (const char *)file->map + 8, (size_t)len, file->path, &file->arena,
-	             err);
-	KM_TRY(read_header(&h));
+	km_scan_init(&h->scan, json, len, file->path, &file->arena, err);
+	KM_TRY(read_header(h));
 	KM_TRY(check_names(file, err));
 	for (int i = 1; i < file->count && sorted; i++)
 		sorted = by_offset(&file->tensors[i - 1], &file->tensors[i]) <= 0;
 	if (!sorted)
 		qsort(file->tensors, (size_t)file->count, sizeof(*file->tensors), by_offset);
-	KM_TRY(check_cover(&h));
+	return check_cover(h);
+}
+
+static int parse_map(km_safetensors *file, km_err *err)
+{
+	struct header h = { .file = file };
+	uint64_t len = 0;
+
+	KM_TRY(find_header(file, &len, err));
+	file->data_at = 8 + len;
+	h.data_bytes = file->size - file->data_at;
+	KM_TRY(parse_text(&h, (const char *)file->map + 8, (size_t)len, err));
 	for (int i = 0; i < file->count; i++)
 		file->tensors[i].data =
 			(const char *)file->map + file->data_at + file->tensors[i].offset;
 	return 0;
+}
+
+int km_safetensors_parse_header(km_safetensors *file, const char *json, size_t len,
+                                const char *name, km_err *err)
+{
+	struct header h = { .file = file, .alone = true };
+
+	*file = (km_safetensors){ .path = km_xstrdup(name) };
+	km_arena_init(&file->arena, 1 << 16);
+	return parse_text(&h, json, len, err);
 }
 
 int km_safetensors_parse(km_safetensors *file, const void *bytes, size_t size, const char *name,
@@ -337,8 +359,17 @@ void km_safetensors_close(km_safetensors *file)
 		munmap((void *)(uintptr_t)file->map, file->size);
 	km_arena_release(&file->arena);
 	free(file->tensors);
+	free(file->metadata);
 	free(file->path);
 	*file = (km_safetensors){ .path = NULL };
+}
+
+const char *km_safetensors_metadata(const km_safetensors *file, const char *key)
+{
+	for (int i = 0; i < file->metadata_count; i++)
+		if (!strcmp(file->metadata[i].key, key))
+			return file->metadata[i].value;
+	return NULL;
 }
 
 /* ---- writing -------------------------------------------------------------------------------- */
@@ -357,13 +388,22 @@ static void put_string(km_buf *out, const char *s)
 	km_buf_putc(out, '"');
 }
 
-void km_safetensors_put_header(km_buf *out, const km_tensor *tensors, int count)
+void km_safetensors_put_header_with(km_buf *out, const km_tensor *tensors, int count,
+                                    const km_metadata *metadata, int metadata_count, size_t align)
 {
 	size_t start = out->len;
 	uint64_t len;
 
+	KM_ASSERT(align % 8 == 0);
 	km_buf_append(out, "\0\0\0\0\0\0\0\0", 8);
-	km_buf_puts(out, "{\"__metadata__\":{\"format\":\"pt\"}");
+	km_buf_puts(out, "{\"__metadata__\":{\"format\":\"pt\"");
+	for (int i = 0; i < metadata_count; i++) {
+		km_buf_putc(out, ',');
+		put_string(out, metadata[i].key);
+		km_buf_putc(out, ':');
+		put_string(out, metadata[i].value);
+	}
+	km_buf_putc(out, '}');
 	for (int i = 0; i < count; i++) {
 		const km_tensor *t = &tensors[i];
 
@@ -376,9 +416,14 @@ void km_safetensors_put_header(km_buf *out, const km_tensor *tensors, int count)
 		              t->offset + t->bytes);
 	}
 	km_buf_putc(out, '}');
-	while ((out->len - start) % 8)
+	while ((out->len - start) % align)
 		km_buf_putc(out, ' ');
 	len = out->len - start - 8;
 	for (int i = 0; i < 8; i++)
 		out->data[start + (size_t)i] = (char)(len >> 8 * i & 0xff);
+}
+
+void km_safetensors_put_header(km_buf *out, const km_tensor *tensors, int count)
+{
+	km_safetensors_put_header_with(out, tensors, count, NULL, 0, 8);
 }
