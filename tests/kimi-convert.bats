@@ -44,7 +44,7 @@ make_tiny() {
 }
 
 @test "the command line is checked" {
-	for args in "" "--inspect a --verify b" "--synthesize x" "--inspect a b" "--verify a --seed 1" \
+	for args in "" "--inspect a --verify b" "--synthesize x" "--inspect a b" "--verify a --seed 1" "--repack a" "--unpack a b c" "--repack a b --json" "--repack a b --unpack c" \
 		"--synthesize x y --json" "--nope" "--synthesize x y --layers 0"; do
 		run "$convert" $args
 		[ "$status" -eq 2 ]
@@ -84,6 +84,95 @@ make_tiny() {
 	[ -e /dev/full ] || skip "no /dev/full"
 	run sh -c "'$convert' --inspect configs/models/kimi-k2.5.json >/dev/full"
 	[ "$status" -eq 1 ]
+}
+
+make_wide() {
+	jq '.text_config.moe_intermediate_size = 128' configs/models/tiny-k25.json >"$dir/wide.json"
+	"$convert" --synthesize "$dir/wide.json" "$dir/wide" --seed 1 --quiet "$@"
+}
+
+@test "repacking and unpacking give the same files; each step verifies" {
+	make_wide --shard-size 1M
+	echo "a note" >"$dir/wide/README.md"
+	run "$convert" --repack "$dir/wide" "$dir/repacked"
+	[ "$status" -eq 0 ]
+	[[ "${lines[-1]}" == *"/repacked: 96 expert tensors repacked, 0.01 GB in "*" files, "*" GB/s" ]]
+	run "$convert" --verify "$dir/repacked" --quiet
+	[ "$status" -eq 0 ]
+	run "$convert" --unpack "$dir/repacked" "$dir/back" --quiet
+	[ "$status" -eq 0 ]
+	[ -z "$output" ]
+	diff -r "$dir/wide" "$dir/back"
+}
+
+@test "inspect says that a checkpoint is repacked" {
+	make_wide
+	"$convert" --repack "$dir/wide" "$dir/repacked" --quiet
+	"$convert" --inspect "$dir/repacked" | grep -q "^layout .* kimi-int4-moe, version 1"
+	"$convert" --inspect "$dir/repacked" --json |
+		jq -e '.quantization.expert_layout == {"name": "kimi-int4-moe", "version": 1} and .problem_count == 0'
+	"$convert" --inspect "$dir/wide" --json | jq -e '.quantization.expert_layout == null'
+	[ "$("$convert" --inspect "$dir/repacked" --json | jq .parameters)" = \
+		"$("$convert" --inspect "$dir/wide" --json | jq .parameters)" ]
+}
+
+@test "a repacked checkpoint is served, with the same answers" {
+	make_wide
+	"$convert" --repack "$dir/wide" "$dir/repacked" --quiet
+	for i in 1 2 3; do
+		echo "{\"custom_id\":\"$i\",\"method\":\"POST\",\"url\":\"/v1/completions\",\"body\":{\"prompt\":\"n $i\",\"max_tokens\":6,\"temperature\":0,\"logprobs\":1}}"
+	done >"$dir/in"
+	for d in wide repacked; do
+		"$KIMI_BIN/kimi-serve" --model-path "$dir/$d" --batch --quiet --context-length 512 \
+			--max-total-tokens 4096 --threads 1 <"$dir/in" |
+			jq -S '[.custom_id, .response.body.choices]' >"$dir/$d.out"
+	done
+	[ -s "$dir/wide.out" ]
+	diff "$dir/wide.out" "$dir/repacked.out"
+}
+
+@test "a damaged repacked checkpoint: verify names the tensor, unpack leaves nothing" {
+	make_wide
+	"$convert" --repack "$dir/wide" "$dir/repacked" --quiet
+	printf 'xxxxxxxx' | dd of="$dir/repacked/model.safetensors" bs=1 seek=300000 conv=notrunc 2>/dev/null
+	run "$convert" --verify "$dir/repacked" --quiet
+	[ "$status" -eq 3 ]
+	[[ "${lines[0]}" == *"weight_repacked: is damaged: its checksum is "* ]]
+	run "$convert" --unpack "$dir/repacked" "$dir/back" --quiet
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"weight_repacked: is damaged: "* ]]
+	[ "$(ls -d "$dir"/back* | wc -l)" -eq 0 ]
+}
+
+@test "an interrupted repack leaves nothing but the source" {
+	jq '.text_config.moe_intermediate_size = 1024 | .text_config.n_routed_experts = 64' \
+		configs/models/tiny-k25.json >"$dir/big.json"
+	"$convert" --synthesize "$dir/big.json" "$dir/big" --quiet
+	"$convert" --repack "$dir/big" "$dir/out" --threads 1 --quiet 2>"$dir/err" &
+	pid=$!
+	for _ in $(seq 200); do
+		ls "$dir"/out.tmp-*/model.safetensors.tmp-* >/dev/null 2>&1 && break
+		sleep 0.01
+	done
+	kill -INT $pid
+	status=0
+	wait $pid || status=$?
+	if [ "$status" -eq 0 ]; then skip "it was done before the signal came"; fi
+	[ "$status" -eq 1 ]
+	grep -q "out: interrupted; what was written is removed" "$dir/err"
+	[ "$(ls -d "$dir"/out* | wc -l)" -eq 0 ]
+	"$convert" --verify "$dir/big" --quiet
+}
+
+@test "what has no int4 experts, or of another size, is not repacked" {
+	make_tiny
+	run "$convert" --repack "$dir/tiny" "$dir/out" --quiet
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"needs an intermediate size that is a multiple of 128, got 64" ]]
+	run "$convert" --repack tests/data/checkpoint/fp8 "$dir/out" --quiet
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"has no int4 experts"* ]]
+	[ ! -e "$dir/out" ]
 }
 
 @test "the man page has each option of --help" {

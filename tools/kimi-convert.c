@@ -1,4 +1,4 @@
-/* kimi-convert: describes, verifies and makes checkpoints. See man/kimi-convert.1. */
+/* kimi-convert: describes, verifies, makes and repacks checkpoints. See man/kimi-convert.1. */
 #include <inttypes.h>
 #include <jansson.h>
 #include <omp.h>
@@ -12,13 +12,14 @@
 #include "base/clock.h"
 #include "base/option.h"
 #include "model/inspect.h"
+#include "model/repack.h"
 #include "model/synthesize.h"
 #include "model/verify.h"
 
 enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK };
 
 struct options {
-	const char *inspect, *verify, *synthesize;
+	const char *inspect, *verify, *synthesize, *repack, *unpack;
 	int64_t seed, layers, shard_size, threads, max_problems;
 	bool quiet, json;
 };
@@ -33,6 +34,10 @@ static const km_option table[] = {
 	  .help = "read all of a checkpoint and list what is wrong; exit status 3 if anything is" },
 	{ .kind = KM_OPT_STRING, .names = "synthesize", .arg = "CONFIG.json", .offset = AT(synthesize),
 	  .help = "make a checkpoint with random weights in the folder OUT" },
+	{ .kind = KM_OPT_STRING, .names = "repack", .arg = "DIR", .offset = AT(repack),
+	  .help = "write DIR to the folder OUT with its int4 experts in the GPU's layout" },
+	{ .kind = KM_OPT_STRING, .names = "unpack", .arg = "DIR", .offset = AT(unpack),
+	  .help = "undo --repack: write the files that there were before to the folder OUT" },
 	{ .kind = KM_OPT_HEADING, .help = "For --inspect and --verify" },
 	{ .kind = KM_OPT_FLAG, .names = "json", .offset = AT(json), .help = "print JSON" },
 	{ .kind = KM_OPT_INT, .names = "max-problems", .arg = "N", .offset = AT(max_problems),
@@ -55,8 +60,10 @@ static const km_usage usage = {
 	.tool = "kimi-convert",
 	.synopsis = "--inspect DIR [--json]\n"
 	            "--verify DIR [--json]\n"
-	            "--synthesize CONFIG.json OUT [--seed S] [--layers N]",
-	.summary = "Describes, verifies and makes checkpoints.",
+	            "--synthesize CONFIG.json OUT [--seed S] [--layers N]\n"
+	            "--repack DIR OUT\n"
+	            "--unpack DIR OUT",
+	.summary = "Describes, verifies, makes and repacks checkpoints.",
 	.options = table,
 	.count = sizeof(table) / sizeof(*table),
 	.max_operands = 1,
@@ -178,6 +185,25 @@ static int synthesize(const struct options *o, const char *out)
 	return EXIT_OK;
 }
 
+static int repack(const struct options *o, const char *out)
+{
+	km_repack_options options = { .dir = o->repack ? o->repack : o->unpack, .out_dir = out,
+		                      .quiet = o->quiet, .cancel = &interrupted };
+	km_repack_result r;
+	double start = km_now_s(), seconds;
+	km_err err;
+
+	catch_signals();
+	if ((o->repack ? km_repack : km_unpack)(&options, &r, &err) < 0)
+		return complain(&err);
+	seconds = km_now_s() - start;
+	if (!o->quiet)
+		fprintf(stderr, "%s: %" PRId64 " expert tensors %s, %.2f GB in %d file%s, %.1f s, %.2f GB/s\n",
+		        out, r.experts, o->repack ? "repacked" : "unpacked", (double)r.bytes / 1e9, r.files,
+		        r.files == 1 ? "" : "s", seconds, (double)r.bytes / 1e9 / seconds);
+	return EXIT_OK;
+}
+
 static int usage_error(const char *why)
 {
 	fprintf(stderr, "kimi-convert: %s; see 'kimi-convert --help'\n", why);
@@ -187,7 +213,7 @@ static int usage_error(const char *why)
 int main(int argc, char **argv)
 {
 	struct options o = { .max_problems = 50 };
-	int operands, jobs, rc;
+	int operands, jobs, outs, rc;
 	km_err err;
 
 	rc = km_option_parse(&usage, &o, argc, argv, &operands, &err);
@@ -197,16 +223,19 @@ int main(int argc, char **argv)
 		complain(&err);
 		return EXIT_USAGE;
 	}
-	jobs = (o.inspect != NULL) + (o.verify != NULL) + (o.synthesize != NULL);
+	outs = (o.synthesize != NULL) + (o.repack != NULL) + (o.unpack != NULL);
+	jobs = (o.inspect != NULL) + (o.verify != NULL) + outs;
 	if (jobs != 1)
-		return usage_error("one of --inspect, --verify and --synthesize is needed");
-	if (operands != (o.synthesize ? 1 : 0))
-		return usage_error(o.synthesize ? "--synthesize needs the folder OUT" : "an operand too many");
+		return usage_error("one of --inspect, --verify, --synthesize, --repack and --unpack is needed");
+	if (operands != outs)
+		return usage_error(outs ? "the folder OUT is needed" : "an operand too many");
 	if (!o.synthesize && (o.seed || o.layers || o.shard_size))
 		return usage_error("--seed, --layers and --shard-size go with --synthesize only");
-	if (o.synthesize && o.json)
+	if (outs && o.json)
 		return usage_error("--json goes with --inspect and --verify only");
 	if (o.threads)
 		omp_set_num_threads((int)o.threads);
-	return o.inspect ? inspect(&o) : o.verify ? verify(&o) : synthesize(&o, argv[1]);
+	if (o.inspect || o.verify)
+		return o.inspect ? inspect(&o) : verify(&o);
+	return o.synthesize ? synthesize(&o, argv[1]) : repack(&o, argv[1]);
 }

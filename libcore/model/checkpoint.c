@@ -41,6 +41,30 @@ static void take(km_checkpoint *cp, int64_t at, enum km_tensor_class class)
 	cp->tensors[class]++;
 }
 
+/* A repacked expert under a config.json that does not say so: said once for gate and up. */
+static bool is_repacked(struct matcher *k, const km_module *m)
+{
+	bool half = m->role == KM_ROLE_EXPERT_GATE || m->role == KM_ROLE_EXPERT_UP;
+	const char *last = strrchr(m->key, '.');
+	const km_tensor *t;
+	char key[320];
+	int64_t at;
+
+	if (!half && m->role != KM_ROLE_EXPERT_DOWN)
+		return false;
+	snprintf(key, sizeof(key), "%.*s%s", (int)(last - m->key), m->key, half ? ".gate_up_proj" : last);
+	at = find(k->cp, key, "weight_repacked");
+	if (at < 0)
+		return false;
+	t = k->cp->shards.tensors[at];
+	if (k->cp->class[at] == KM_CLASS_COUNT)
+		km_findings_add(k->findings, KM_EFORMAT,
+		                "%s: tensor %s is repacked, but config.json has no kimi_repacked: it is not "
+		                "the one that kimi-convert wrote", km_shards_path(&k->cp->shards, t), t->name);
+	take(k->cp, at, m->class);
+	return true;
+}
+
 /* A linear that is stored in another form than the config says: the commonest mistake of a
  * quantiser, worth a sentence of its own. Takes the tensors of the other form so that they are not
  * "extra". */
@@ -55,6 +79,10 @@ static bool other_form(struct matcher *k, const km_module *m)
 	int64_t at = m->form == KM_FORM_INT4 ? plain : packed;
 	const km_tensor *t;
 
+	if (m->form == KM_FORM_REPACKED)
+		return false;
+	if (is_repacked(k, m))
+		return true;
 	if (at < 0)
 		return false;
 	t = k->cp->shards.tensors[at];
@@ -105,6 +133,23 @@ static bool is_vision(enum km_tensor_class class)
 	return class == KM_CLASS_VISION || class == KM_CLASS_PROJECTOR;
 }
 
+/* Each file says which version of the layout its tensors are in, beside what config.json says. */
+static void check_layout(struct matcher *k, const km_tensor *t)
+{
+	const km_safetensors *file = &k->cp->shards.files[t->file];
+	const char *layout = km_safetensors_metadata(file, KM_META_LAYOUT);
+	const char *version = km_safetensors_metadata(file, KM_META_VERSION);
+	char want[16];
+
+	snprintf(want, sizeof(want), "%d", k->config->expert_layout);
+	if (layout && version && !strcmp(layout, KM_EXPERT_LAYOUT) && !strcmp(version, want))
+		return;
+	km_findings_add(k->findings, KM_EFORMAT,
+	                "%s: tensor %s: its file says layout %s version %s, config.json says %s version %s",
+	                file->path, t->name, layout ? layout : "(none)", version ? version : "(none)",
+	                KM_EXPERT_LAYOUT, want);
+}
+
 static int match_module(void *context, const km_module *m, km_err *err)
 {
 	struct matcher *k = context;
@@ -121,6 +166,8 @@ static int match_module(void *context, const km_module *m, km_err *err)
 			tensors[i] = k->cp->shards.tensors[at];
 			take(k->cp, at, m->class);
 			right += compare(k, tensors[i], &wanted[i]);
+			if (m->form == KM_FORM_REPACKED)
+				check_layout(k, tensors[i]);
 			continue;
 		}
 		k->cp->missing++;

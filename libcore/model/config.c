@@ -21,6 +21,7 @@
 #include <sys/stat.h>
 
 #include "base/mem.h"
+#include "format/moe_layout.h"
 #include "model/config_quant.h"
 
 enum {
@@ -364,6 +365,33 @@ static int read_quant(km_config *config, km_fields *top, km_fields *text)
 	return q.rc;
 }
 
+static int read_layout(km_config *config, km_fields *top)
+{
+	km_fields r = { top->name, "kimi_repacked.", km_field_object_or_null(top, "kimi_repacked"), top->err,
+		        top->rc };
+	const char *layout;
+
+	if (!r.object)
+		return r.rc;
+	layout = km_field_string(&r, "layout");
+	if (layout && strcmp(layout, KM_EXPERT_LAYOUT) != 0)
+		km_field_fail(&r, KM_EUNSUPPORTED, "layout", "only \"%s\" is supported, not \"%.64s\"",
+		              KM_EXPERT_LAYOUT, layout);
+	config->expert_layout = (int)km_field_int(&r, "version", 1, INT32_MAX);
+	if (r.rc >= 0 && config->expert_layout != KM_MOE_LAYOUT_VERSION)
+		km_field_fail(&r, KM_EUNSUPPORTED, "version",
+		              "this program reads version %d of the experts' layout, this is %d: unpack it "
+		              "with the kimi-convert that made it", KM_MOE_LAYOUT_VERSION,
+		              config->expert_layout);
+	if (r.rc >= 0 && config->quant.method != KM_QUANT_INT4_PACKED)
+		km_field_fail(&r, KM_EFORMAT, "layout", "it is of int4 experts, and quantization_config "
+		              "makes none");
+	KM_TRY(r.rc);
+	return km_moe_layout_check(config->hidden_size, config->moe_intermediate_size,
+	                           config->quant.group_size, top->err) < 0
+	               ? km_fail_within(top->err, "%s", top->name) : 0;
+}
+
 static int read_all(km_config *config, json_t *doc, const char *name, km_err *err)
 {
 	km_fields top = { name, "", doc, err, 0 };
@@ -394,7 +422,8 @@ static int read_all(km_config *config, json_t *doc, const char *name, km_err *er
 	if (vision.object)
 		read_vision(config, &vision);
 	KM_TRY(vision.rc);
-	return read_quant(config, &top, &text);
+	KM_TRY(read_quant(config, &top, &text));
+	return read_layout(config, &top);
 }
 
 static int parse_into(km_config *config, const char *text, size_t len, const char *name,

@@ -48,6 +48,10 @@ typedef struct km_vision_config {
 
 enum { KM_MAX_EOS = 8 };
 
+/* What config.json says under "kimi_repacked" of a checkpoint whose routed experts are in the layout of
+ * format/moe_layout.h. */
+#define KM_EXPERT_LAYOUT "kimi-int4-moe"
+
 typedef struct km_config {
 	enum km_model_kind kind;
 	char *architecture; /* owned: "DeepseekV3ForCausalLM" */
@@ -63,6 +67,7 @@ typedef struct km_config {
 	double rms_norm_eps;
 	km_rope_config rope;
 	km_quant_config quant;
+	int expert_layout;        /* the version of KM_EXPERT_LAYOUT; 0: the checkpoint's own packing */
 	km_vision_config vision;
 	enum km_dtype dtype;      /* of unquantised weights */
 	int eos_count;

@@ -14,7 +14,7 @@ struct inspection {
 	km_config config;
 	km_findings findings;
 	int files;
-	int64_t missing, forms[3]; /* modules by enum km_form */
+	int64_t missing, forms[KM_FORM_COUNT]; /* modules by enum km_form */
 	int64_t bytes[KM_CLASS_COUNT], params[KM_CLASS_COUNT], tensors[KM_CLASS_COUNT];
 };
 
@@ -84,6 +84,11 @@ static int64_t active_params(const struct inspection *in)
 static int64_t kv_bytes_per_token(const km_config *c)
 {
 	return (int64_t)c->num_hidden_layers * (c->kv_lora_rank + c->qk_rope_head_dim) * 2;
+}
+
+static int64_t quantized_modules(const struct inspection *in)
+{
+	return in->forms[KM_FORM_FP8] + in->forms[KM_FORM_INT4] + in->forms[KM_FORM_REPACKED];
 }
 
 static void describe_quant(const km_config *c, char *out, size_t cap)
@@ -177,8 +182,13 @@ static void print_text(const struct inspection *in, km_buf *out)
 	describe_quant(c, quant, sizeof(quant));
 	print_shape(in, out);
 	km_buf_printf(out, "quantisation  %s (%" PRId64 " of %" PRId64 " modules), the rest %s\n",
-	              quant, in->forms[KM_FORM_FP8] + in->forms[KM_FORM_INT4],
-	              in->forms[0] + in->forms[1] + in->forms[2], km_dtype_name(c->dtype));
+	              quant, quantized_modules(in), quantized_modules(in) + in->forms[KM_FORM_PLAIN],
+	              km_dtype_name(c->dtype));
+	if (c->expert_layout)
+		km_buf_printf(out,
+		              "layout        routed experts repacked for GPUs: %s, version %d "
+		              "(kimi-convert --unpack undoes it)\n",
+		              KM_EXPERT_LAYOUT, c->expert_layout);
 	km_buf_printf(out, "parameters    %.3f B, %.3f B active for a token\n",
 	              (double)total(in->params) / 1e9, (double)active_params(in) / 1e9);
 	km_buf_printf(out, "KV cache      %" PRId64 " bytes a token in bf16\n",
@@ -208,7 +218,7 @@ static json_t *quant_json(const struct inspection *in)
 	static const char *const methods[] = { "none", "fp8_block", "int4_packed" };
 	const km_quant_config *q = &in->config.quant;
 	json_t *o = json_pack("{s:s,s:I,s:I}", "method", methods[q->method], "quantized_modules",
-	                      (json_int_t)(in->forms[KM_FORM_FP8] + in->forms[KM_FORM_INT4]),
+	                      (json_int_t)quantized_modules(in),
 	                      "plain_modules", (json_int_t)in->forms[KM_FORM_PLAIN]);
 
 	if (q->method == KM_QUANT_FP8_BLOCK)
@@ -217,6 +227,11 @@ static json_t *quant_json(const struct inspection *in)
 	if (q->method == KM_QUANT_INT4_PACKED)
 		json_object_set_new(o, "group_size",
 		                    q->group_size ? json_integer(q->group_size) : json_null());
+	json_object_set_new(o, "expert_layout",
+	                    in->config.expert_layout
+	                            ? json_pack("{s:s,s:i}", "name", KM_EXPERT_LAYOUT, "version",
+	                                        in->config.expert_layout)
+	                            : json_null());
 	return o;
 }
 

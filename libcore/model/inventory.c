@@ -9,6 +9,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "format/moe_layout.h"
+
 struct walk {
 	const km_config *config;
 	km_ignore_rules *rules;
@@ -137,22 +139,57 @@ static int attention(struct walk *w)
 	return linear(w, "self_attn.o_proj", KM_ROLE_O, A, c->hidden_size, heads * c->v_head_dim);
 }
 
-static int experts(struct walk *w)
+/* Of a repacked checkpoint: is this linear int4, or did an ignore rule keep it as it was? */
+static int is_repacked(struct walk *w, const char *name)
+{
+	int ignored;
+
+	set_key(w, name);
+	ignored = km_ignore_rules_match(w->rules, w->key, w->err);
+	return ignored < 0 ? ignored : !ignored;
+}
+
+static int repacked(struct walk *w, const char *name, enum km_role role, int64_t rows, int64_t cols)
+{
+	km_module m = { .suffix = "weight_repacked", .role = role, .class = KM_CLASS_EXPERTS,
+		        .form = KM_FORM_REPACKED, .ndim = 2, .shape = { rows, cols } };
+
+	set_key(w, name);
+	return emit(w, &m);
+}
+
+static int expert(struct walk *w)
 {
 	const km_config *c = w->config;
 	const enum km_tensor_class E = KM_CLASS_EXPERTS;
+	int64_t hidden = c->hidden_size, inner = c->moe_intermediate_size;
+	int gate = 0, up = 0, down = 0;
+
+	if (c->expert_layout) {
+		KM_TRY(gate = is_repacked(w, "gate_proj"));
+		KM_TRY(up = is_repacked(w, "up_proj"));
+		KM_TRY(down = is_repacked(w, "down_proj"));
+	}
+	if (gate && up) {
+		KM_TRY(repacked(w, "gate_up_proj", KM_ROLE_EXPERT_GATE_UP, 2 * inner, hidden));
+	} else {
+		KM_TRY(linear(w, "gate_proj", KM_ROLE_EXPERT_GATE, E, inner, hidden));
+		KM_TRY(linear(w, "up_proj", KM_ROLE_EXPERT_UP, E, inner, hidden));
+	}
+	return down ? repacked(w, "down_proj", KM_ROLE_EXPERT_DOWN, hidden, inner)
+	            : linear(w, "down_proj", KM_ROLE_EXPERT_DOWN, E, hidden, inner);
+}
+
+static int experts(struct walk *w)
+{
+	const km_config *c = w->config;
 	size_t stem = w->stem;
 
 	for (int e = 0; e < c->n_routed_experts; e++) {
 		w->expert = e;
 		w->stem = stem + (size_t)snprintf(w->key + stem, sizeof(w->key) - stem,
 		                                  "mlp.experts.%d.", e);
-		KM_TRY(linear(w, "gate_proj", KM_ROLE_EXPERT_GATE, E, c->moe_intermediate_size,
-		              c->hidden_size));
-		KM_TRY(linear(w, "up_proj", KM_ROLE_EXPERT_UP, E, c->moe_intermediate_size,
-		              c->hidden_size));
-		KM_TRY(linear(w, "down_proj", KM_ROLE_EXPERT_DOWN, E, c->hidden_size,
-		              c->moe_intermediate_size));
+		KM_TRY(expert(w));
 	}
 	w->expert = -1;
 	w->stem = stem;
@@ -353,6 +390,13 @@ int km_module_tensors(const km_module *m, const km_config *config,
 			"weight_shape", 1u << KM_I32 | 1u << KM_I64, KM_I32, 1, { 2 }
 		};
 		return 3;
+	case KM_FORM_REPACKED:
+		wanted[0] = (km_wanted){ "weight_repacked", 1u << KM_U8, KM_U8, 3,
+			                 { rows / KM_MOE_RECORD_ROWS, cols / KM_MOE_RECORD_COLS,
+			                   KM_MOE_RECORD_BYTES(group) } };
+		return 1;
+	case KM_FORM_COUNT:
+		break;
 	}
 	return 0;
 }

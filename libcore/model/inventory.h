@@ -21,6 +21,7 @@ enum km_role {
 	KM_ROLE_ROUTER, KM_ROLE_ROUTER_BIAS,
 	KM_ROLE_SHARED_GATE, KM_ROLE_SHARED_UP, KM_ROLE_SHARED_DOWN,
 	KM_ROLE_EXPERT_GATE, KM_ROLE_EXPERT_UP, KM_ROLE_EXPERT_DOWN,
+	KM_ROLE_EXPERT_GATE_UP, /* gate and up in one, repacked */
 	KM_ROLE_VISION_WEIGHT, KM_ROLE_VISION_NORM, KM_ROLE_VISION_BIAS, KM_ROLE_VISION_POSITION,
 };
 
@@ -39,7 +40,16 @@ enum km_tensor_class {
 	KM_CLASS_COUNT,
 };
 
-enum km_form { KM_FORM_PLAIN, KM_FORM_FP8, KM_FORM_INT4 };
+/* KM_FORM_REPACKED: int4 in the layout of format/moe_layout.h, one tensor of bytes
+ * [rows / 16, columns / 128, bytes of a record]. */
+enum km_form { KM_FORM_PLAIN, KM_FORM_FP8, KM_FORM_INT4, KM_FORM_REPACKED, KM_FORM_COUNT };
+
+/* Metadata of a repacked file. Checksums are 16 hexadecimal digits for each repacked tensor, in the order
+ * of the data; the original header is the JSON that the file had before. */
+#define KM_META_LAYOUT "kimi.expert_layout"
+#define KM_META_VERSION "kimi.expert_layout_version"
+#define KM_META_CHECKSUMS "kimi.checksums"
+#define KM_META_HEADER "kimi.original_header"
 
 typedef struct km_module {
 	const char *key;    /* "layers.3.self_attn.o_proj"; borrowed during the visit */

@@ -12,13 +12,16 @@
 
 #include "base/mem.h"
 #include "base/progress.h"
+#include "format/checksum.h"
+#include "format/moe_layout.h"
 #include "format/odd_values.h"
 #include "model/checkpoint.h"
+#include "model/repack_files.h"
 #include "text/tokenizer.h"
 
 enum { CHUNK = 4 << 20, PAGE = 4096 };
 
-enum use { USE_VALUES, USE_SCALE, USE_PACKED, USE_SHAPE };
+enum use { USE_VALUES, USE_SCALE, USE_PACKED, USE_SHAPE, USE_REPACKED };
 
 /* What the data of one tensor turned out to hold. */
 struct seen {
@@ -28,6 +31,7 @@ struct seen {
 	int64_t first_bad;  /* element; -1: none */
 	bool wrong_shape;
 	int64_t shape[2];
+	uint64_t sum;       /* USE_REPACKED: format/checksum.h */
 };
 
 struct verifier {
@@ -55,6 +59,10 @@ static int note_module(void *context, const km_module *m,
 	(void)err;
 	if (m->form == KM_FORM_PLAIN)
 		return 0;
+	if (m->form == KM_FORM_REPACKED) {
+		seen_of(v, tensors[0])->use = USE_REPACKED;
+		return 0;
+	}
 	seen_of(v, tensors[1])->use = USE_SCALE;
 	if (m->form == KM_FORM_FP8)
 		return 0;
@@ -85,6 +93,29 @@ static int64_t empty_pages(const unsigned char *data, size_t bytes, int64_t *fir
 	return count;
 }
 
+/* Records: the scales of each are at its end; all codes 0 is a stretch that was never written. */
+static int64_t look_records(const unsigned char *data, size_t bytes, size_t record, km_odd_values *odd)
+{
+	static const unsigned char zeros[KM_MOE_RECORD_CODES];
+	size_t scales = record - KM_MOE_RECORD_CODES;
+	int64_t empty = 0;
+
+	*odd = (km_odd_values){ .first = -1 };
+	for (size_t at = 0; at + record <= bytes; at += record) {
+		km_odd_values one = km_odd_values_count(KM_BF16, data + at + KM_MOE_RECORD_CODES, scales / 2,
+		                                        true);
+		bool blank = memcmp(data + at, zeros, sizeof(zeros)) == 0;
+
+		odd->nan += one.nan;
+		odd->inf += one.inf;
+		odd->negative += one.negative;
+		empty += blank;
+		if (odd->first < 0 && (one.first >= 0 || blank))
+			odd->first = (int64_t)(at / record);
+	}
+	return empty;
+}
+
 static void look_shape(const km_tensor *t, struct seen *seen, const void *data)
 {
 	for (int i = 0; i < 2; i++) {
@@ -107,14 +138,24 @@ struct job {
 	uint64_t begin; /* byte in the tensor */
 };
 
-static struct job *make_jobs(const km_safetensors *file, int *count)
+/* Bytes of a tensor that are looked at together: whole records of a repacked one. */
+static uint64_t chunk_of(struct verifier *v, const km_tensor *t)
+{
+	uint64_t record = t->ndim == 3 ? (uint64_t)t->shape[2] : 0;
+
+	return seen_of(v, t)->use == USE_REPACKED ? CHUNK / record * record : CHUNK;
+}
+
+static struct job *make_jobs(struct verifier *v, const km_safetensors *file, int *count)
 {
 	struct job *jobs = NULL;
 	int cap = 0;
 
 	*count = 0;
 	for (int i = 0; i < file->count; i++) {
-		for (uint64_t at = 0; at < file->tensors[i].bytes; at += CHUNK) {
+		uint64_t step = chunk_of(v, &file->tensors[i]);
+
+		for (uint64_t at = 0; at < file->tensors[i].bytes; at += step) {
 			if (*count == cap) {
 				cap = cap ? cap * 2 : 1024;
 				jobs = km_xreallocarray(jobs, (size_t)cap, sizeof(*jobs));
@@ -162,7 +203,8 @@ static int do_job(struct verifier *v, int fd, const struct job *job, void *buffe
 	const km_tensor *t = job->tensor;
 	const km_safetensors *file = &v->cp.shards.files[t->file];
 	struct seen *seen = seen_of(v, t);
-	size_t bytes = t->bytes - job->begin < CHUNK ? (size_t)(t->bytes - job->begin) : CHUNK;
+	size_t chunk = (size_t)chunk_of(v, t);
+	size_t bytes = t->bytes - job->begin < chunk ? (size_t)(t->bytes - job->begin) : chunk;
 	size_t unit = km_dtype_bytes(t->dtype);
 	int64_t begin = (int64_t)(job->begin / unit), pages = 0;
 	km_odd_values odd = { .first = -1 };
@@ -175,6 +217,13 @@ static int do_job(struct verifier *v, int fd, const struct job *job, void *buffe
 	} else if (seen->use == USE_PACKED) {
 		pages = empty_pages(buffer, bytes, &odd.first);
 		begin *= 8;
+	} else if (seen->use == USE_REPACKED) {
+		uint64_t sum = km_checksum(buffer, bytes, job->begin);
+
+		pages = look_records(buffer, bytes, (size_t)t->shape[2], &odd);
+		begin /= t->shape[2];
+#pragma omp atomic
+		seen->sum += sum;
 	} else {
 		odd = km_odd_values_count(t->dtype, buffer, bytes / unit, seen->use == USE_SCALE);
 	}
@@ -192,7 +241,7 @@ static bool stopped(const struct verifier *v)
 static void read_file_data(struct verifier *v, const km_safetensors *file)
 {
 	int fd = open(file->path, O_RDONLY | O_CLOEXEC), count;
-	struct job *jobs = make_jobs(file, &count);
+	struct job *jobs = make_jobs(v, file, &count);
 	const km_tensor *broken = NULL;
 	int why = fd < 0 ? errno : 0;
 
@@ -226,10 +275,40 @@ static void read_file_data(struct verifier *v, const km_safetensors *file)
 
 /* ---- the sentences -------------------------------------------------------------------------- */
 
+static void report_repacked(struct verifier *v, const km_tensor *t)
+{
+	const struct seen *s = seen_of(v, t);
+	const char *path = km_shards_path(&v->cp.shards, t);
+	uint64_t want;
+	km_err err;
+
+	if (km_repack_checksum(&v->cp.shards, t, &want, &err) < 0)
+		km_findings_add_err(v->findings, &err);
+	else if (want != s->sum)
+		km_findings_add(v->findings, KM_EFORMAT,
+		                "%s: tensor %s: is damaged: its checksum is %016" PRIx64 ", %016" PRIx64
+		                " was written", path, t->name, s->sum, want);
+	if (s->nan || s->inf || s->negative)
+		km_findings_add(v->findings, KM_EFORMAT,
+		                "%s: tensor %s: has %" PRId64 " NaN, %" PRId64 " infinite and %" PRId64
+		                " negative scales, the first in record %" PRId64, path, t->name, s->nan,
+		                s->inf, s->negative, s->first_bad);
+	if (s->empty_pages)
+		km_findings_add(v->findings, KM_EFORMAT,
+		                "%s: tensor %s: has %" PRId64 " records of 2048 weights of -8, the first is "
+		                "record %" PRId64 ": this data was never written", path, t->name,
+		                s->empty_pages, s->first_bad);
+}
+
 static void report(struct verifier *v, const km_tensor *t)
 {
 	const struct seen *s = seen_of(v, t);
 	const char *path = km_shards_path(&v->cp.shards, t);
+
+	if (s->use == USE_REPACKED) {
+		report_repacked(v, t);
+		return;
+	}
 
 	if (s->nan || s->inf)
 		km_findings_add(v->findings, KM_EFORMAT,

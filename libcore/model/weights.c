@@ -6,6 +6,9 @@
  * the header. Kernels want that, so such a tensor is copied to aligned memory, with a warning; no
  * published checkpoint of the family has one.
  *
+ * Experts in the GPU's layout are pointers into the maps too where a device reads them. The CPU's kernels
+ * read the plain packing, so for them they are unpacked into memory as large as they are.
+ *
  * One bad scale makes every answer NaN, so the scales of a checkpoint that is small enough to be
  * read in a second are looked at too. Those of K2.5 are 63 GB: kimi-convert --verify reads them.
  */
@@ -20,7 +23,9 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "format/odd_values.h"
+#include "format/moe_layout.h"
 #include "model/checkpoint.h"
+#include "model/host_memory.h"
 
 enum { REPORTED = 1, NOTED = 8, ALIGN = 64 };
 
@@ -33,11 +38,20 @@ struct km_weights_files {
 	int copy_count;
 };
 
+/* A repacked tensor, and the weights that it becomes when it is unpacked: gate and up, or down. */
+struct repacked {
+	const km_tensor *t;
+	km_weight *to[2];
+	void *copy; /* owned by km_weights_files */
+};
+
 struct loader {
 	const km_config *config;
 	km_weights *weights;
 	struct km_weights_files *files;
-	bool check_scales;
+	struct repacked *repacked;
+	int repacked_count, repacked_cap;
+	bool check_scales, packed;
 };
 
 static const void *aligned_data(struct loader *l, const km_tensor *t)
@@ -123,8 +137,89 @@ static int load_matrix(struct loader *l, const km_module *m, const km_tensor *co
 		w->type = KM_W_INT4;
 		w->group = quant->group_size ? quant->group_size : w->cols;
 		return 0;
+	case KM_FORM_REPACKED:
+	case KM_FORM_COUNT:
+		break;
 	}
 	return 0;
+}
+
+/* ---- experts in the GPU's layout ------------------------------------------------------------- */
+
+static void note_repacked(struct loader *l, km_layer_weights *layer, const km_module *m, const km_tensor *t)
+{
+	bool down = m->role == KM_ROLE_EXPERT_DOWN;
+	struct repacked r = { .t = t };
+
+	(down ? layer->packed_down : layer->packed_gate_up)[m->expert] = t->data;
+	r.to[0] = down ? &layer->expert_down[m->expert] : &layer->expert_gate[m->expert];
+	r.to[1] = down ? NULL : &layer->expert_up[m->expert];
+	if (l->repacked_count == l->repacked_cap) {
+		l->repacked_cap = l->repacked_cap ? l->repacked_cap * 2 : 256;
+		l->repacked = km_xreallocarray(l->repacked, (size_t)l->repacked_cap, sizeof(*l->repacked));
+	}
+	l->repacked[l->repacked_count++] = r;
+}
+
+/* Into the plain packing: codes, then scales, of one matrix or two. */
+static int unpack_one(struct loader *l, const struct repacked *r)
+{
+	const km_config *c = l->config;
+	int hidden = c->hidden_size, inner = c->moe_intermediate_size, group = c->quant.group_size;
+	size_t codes = (size_t)hidden * (size_t)inner / 2, scales = (size_t)hidden * (size_t)(inner / group) * 2;
+	unsigned char *at = r->copy;
+	km_int4_matrix m[2];
+
+	for (int i = 0; i < 2 && r->to[i]; i++, at += codes + scales) {
+		m[i] = (km_int4_matrix){ (uint32_t *)(void *)at, (uint16_t *)(void *)(at + codes) };
+		*r->to[i] = (km_weight){ .type = KM_W_INT4, .rows = r->to[1] ? inner : hidden,
+			                 .cols = r->to[1] ? hidden : inner, .data = m[i].codes,
+			                 .scale = m[i].scales, .scale_dtype = KM_BF16, .group = group };
+	}
+	if (r->to[1])
+		km_moe_unpack_gate_up(hidden, inner, group, r->t->data, &m[0], &m[1]);
+	else
+		km_moe_unpack_down(hidden, inner, group, r->t->data, &m[0]);
+	for (int i = 0; l->check_scales && i < 2 && r->to[i]; i++)
+		if (km_odd_values_count(KM_BF16, m[i].scales, scales / 2, true).first >= 0)
+			return -1;
+	return 0;
+}
+
+static int unpack_all(struct loader *l, const char *dir, km_err *err)
+{
+	int64_t available = km_host_memory_available(), bytes = 0;
+	struct km_weights_files *files = l->files;
+	int bad = -1;
+
+	for (int i = 0; i < l->repacked_count; i++)
+		bytes += (int64_t)l->repacked[i].t->bytes;
+	if (available >= 0 && bytes > available)
+		return km_fail(err, KM_ENOMEM,
+		               "%s: its experts are in the GPU's layout: unpacking them for the CPU takes %.1f "
+		               "GB, %.1f GB are available; kimi-convert --unpack makes a checkpoint that needs "
+		               "no unpacking", dir, (double)bytes / 1e9, (double)available / 1e9);
+	files->copies = km_xreallocarray(files->copies, (size_t)(files->copy_count + l->repacked_count),
+	                                 sizeof(*files->copies));
+	for (int i = 0; i < l->repacked_count; i++) {
+		l->repacked[i].copy = aligned_alloc(ALIGN, l->repacked[i].t->bytes);
+		if (!l->repacked[i].copy)
+			return km_fail(err, KM_ENOMEM, "tensor %s: no memory to unpack it",
+			               l->repacked[i].t->name);
+		files->copies[files->copy_count++] = l->repacked[i].copy;
+	}
+#pragma omp parallel for schedule(dynamic)
+	for (int i = 0; i < l->repacked_count; i++)
+		if (unpack_one(l, &l->repacked[i]) < 0) {
+#pragma omp critical
+			if (bad < 0 || i < bad)
+				bad = i;
+		}
+	if (bad < 0)
+		return 0;
+	return km_fail(err, KM_EFORMAT, "%s: tensor %s: has a scale that is negative or no finite number",
+	               km_shards_path(&files->checkpoint.shards, l->repacked[bad].t),
+	               l->repacked[bad].t->name);
 }
 
 static const float **vector_place(km_weights *w, km_layer_weights *layer, enum km_role role)
@@ -173,6 +268,10 @@ static int load_module(void *context, const km_module *m,
 	const float **vector = vector_place(l->weights, layer, m->role);
 	km_weight *matrix = matrix_place(l->weights, layer, m);
 
+	if (m->form == KM_FORM_REPACKED) {
+		note_repacked(l, layer, m, tensors[0]);
+		return 0;
+	}
 	if (vector)
 		return load_vector(l, tensors[0], vector, err);
 	return matrix ? load_matrix(l, m, tensors, matrix, err) : 0;
@@ -195,6 +294,10 @@ static void make_layers(struct loader *l)
 		layer->expert_gate = km_arena_calloc(arena, experts, sizeof(km_weight));
 		layer->expert_up = km_arena_calloc(arena, experts, sizeof(km_weight));
 		layer->expert_down = km_arena_calloc(arena, experts, sizeof(km_weight));
+		if (!c->expert_layout)
+			continue;
+		layer->packed_gate_up = km_arena_calloc(arena, experts, sizeof(uint8_t *));
+		layer->packed_down = km_arena_calloc(arena, experts, sizeof(uint8_t *));
 	}
 }
 
@@ -229,13 +332,14 @@ static int open_all(struct loader *l, const char *dir, km_findings *findings, km
 		km_log(KM_LOG_WARN,
 		       "%s: %d tensors are misaligned in their files and were copied to memory",
 		       dir, l->files->copy_count);
-	return 0;
+	return l->packed ? 0 : unpack_all(l, dir, err);
 }
 
-int km_weights_open(km_weights *weights, const km_config *config, const char *dir, km_err *err)
+static int open_weights(km_weights *weights, const km_config *config, const char *dir, bool packed,
+                        km_err *err)
 {
 	struct km_weights_files *files = km_xcalloc(1, sizeof(*files));
-	struct loader l = { .config = config, .weights = weights, .files = files };
+	struct loader l = { .config = config, .weights = weights, .files = files, .packed = packed };
 	km_findings findings, notes;
 	int rc;
 
@@ -248,9 +352,20 @@ int km_weights_open(km_weights *weights, const km_config *config, const char *di
 		km_log(KM_LOG_WARN, "%s", notes.items[i].sentence);
 	km_findings_release(&findings);
 	km_findings_release(&notes);
+	free(l.repacked);
 	if (rc < 0)
 		km_weights_close(weights);
 	return rc;
+}
+
+int km_weights_open(km_weights *weights, const km_config *config, const char *dir, km_err *err)
+{
+	return open_weights(weights, config, dir, false, err);
+}
+
+int km_weights_open_packed(km_weights *weights, const km_config *config, const char *dir, km_err *err)
+{
+	return open_weights(weights, config, dir, true, err);
 }
 
 void km_weights_close(km_weights *weights)

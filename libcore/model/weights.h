@@ -12,6 +12,8 @@
 #ifndef KM_MODEL_WEIGHTS_H
 #define KM_MODEL_WEIGHTS_H
 
+#include <stdint.h>
+
 #include "device/weight.h"
 #include "model/config.h"
 
@@ -28,6 +30,9 @@ typedef struct km_layer_weights {
 	const float *router_bias;                      /* [experts] or NULL */
 	km_weight shared_gate, shared_up, shared_down;
 	km_weight *expert_gate, *expert_up, *expert_down; /* [experts] each */
+	const uint8_t **packed_gate_up, **packed_down;    /* [experts], of a repacked checkpoint: in the
+	                                                     map, as format/moe_layout.h says; NULL
+	                                                     for an expert that is not repacked */
 } km_layer_weights;
 
 typedef struct km_weights {
@@ -42,6 +47,10 @@ typedef struct km_weights {
 /* Opens and checks names, dtypes, shapes. Fails with the first problem's sentence and how many more
  * there are. `config` need not outlive the call. */
 int km_weights_open(km_weights *weights, const km_config *config, const char *dir, km_err *err);
+/* The same, but repacked experts have packed_gate_up and packed_down alone, and no expert_gate, _up and
+ * _down: for a device that reads the layout. km_weights_open unpacks them into memory of their full size,
+ * KM_ENOMEM where there is not enough. */
+int km_weights_open_packed(km_weights *weights, const km_config *config, const char *dir, km_err *err);
 void km_weights_close(km_weights *weights);
 
 #endif
