@@ -37,6 +37,16 @@ make_tiny() {
 	[ "$status" -eq 0 ]
 }
 
+@test "a file that is no file holds nothing up and is one problem" {
+	make_tiny
+	mv "$dir/tiny/model.safetensors" "$dir/weights"
+	mkfifo "$dir/tiny/model.safetensors"
+	run timeout 20 "$convert" --verify "$dir/tiny" --quiet --max-problems 1000
+	[ "$status" -eq 3 ]
+	[[ "${lines[0]}" == *"/model.safetensors: is not a regular file" ]]
+	[ "$(printf '%s\n' "${lines[@]:1}" | grep -vc ' is missing$\|: this is the text model alone$')" -eq 0 ]
+}
+
 @test "verify of nothing fails with status 1" {
 	run "$convert" --verify "$dir/nowhere"
 	[ "$status" -eq 1 ]

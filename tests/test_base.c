@@ -37,6 +37,24 @@ static void error_context_is_put_in_front(void **state)
 	assert_int_equal(km_fail(NULL, KM_EIO, "nobody reads this"), KM_EIO);
 }
 
+static void sentences_are_one_line_of_utf8(void **state)
+{
+	char long_name[2000];
+	km_err err;
+
+	(void)state;
+	km_fail(&err, KM_EFORMAT, "tensor %s is missing", "a\nb\033[31m\177\xff\xc3\xa9");
+	assert_string_equal(err.msg, "tensor a?b?[31m??\xc3\xa9 is missing");
+	for (size_t i = 0; i < sizeof(long_name) - 1; i++)
+		long_name[i] = i % 2 ? '\xa9' : '\xc3';
+	long_name[sizeof(long_name) - 1] = '\0';
+	km_fail(&err, KM_EFORMAT, "%s", long_name); /* cut within a character */
+	assert_int_equal(strlen(err.msg), sizeof(err.msg) - 1);
+	assert_true(km_utf8_valid(err.msg, strlen(err.msg), NULL));
+	km_fail_within(&err, "x");
+	assert_true(km_utf8_valid(err.msg, strlen(err.msg), NULL));
+}
+
 static void buffer_keeps_its_maximum(void **state)
 {
 	km_buf buf;
@@ -245,6 +263,7 @@ int main(void)
 {
 	const struct CMUnitTest all[] = {
 		cmocka_unit_test(error_context_is_put_in_front),
+		cmocka_unit_test(sentences_are_one_line_of_utf8),
 		cmocka_unit_test(buffer_keeps_its_maximum),
 		cmocka_unit_test(arena_survives_a_reset),
 		cmocka_unit_test(utf8_replaces_maximal_subparts),

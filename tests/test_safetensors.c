@@ -9,11 +9,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/clock.h"
 #include "base/mem.h"
 #include "base/outfile.h"
+#include "format/json.h"
 #include "format/name_map.h"
 #include "format/scan.h"
 #include "format/shards.h"
@@ -265,6 +267,29 @@ static void shards_agree_with_their_index(void **state)
 	remove_dir(dir);
 }
 
+/* Opening a FIFO for reading would wait for somebody who writes. */
+static void only_regular_files_are_opened(void **state)
+{
+	char dir[] = "/tmp/km-fifo-XXXXXX", path[64];
+	km_safetensors file;
+	char *data;
+	size_t len;
+	km_err err;
+
+	(void)state;
+	assert_non_null(mkdtemp(dir));
+	snprintf(path, sizeof(path), "%s/pipe", dir);
+	assert_int_equal(mkfifo(path, 0600), 0);
+	alarm(20);
+	assert_int_equal(km_safetensors_open(&file, path, &err), KM_EIO);
+	assert_non_null(strstr(err.msg, "is not a regular file"));
+	km_safetensors_close(&file);
+	assert_int_equal(km_read_file(path, 100, &data, &len, &err), KM_EIO);
+	alarm(0);
+	unlink(path);
+	rmdir(dir);
+}
+
 int main(void)
 {
 	const struct CMUnitTest all[] = {
@@ -274,6 +299,7 @@ int main(void)
 		cmocka_unit_test(what_is_written_is_read_back),
 		cmocka_unit_test(the_name_map_grows),
 		cmocka_unit_test(shards_agree_with_their_index),
+		cmocka_unit_test(only_regular_files_are_opened),
 	};
 
 	return cmocka_run_group_tests(all, NULL, NULL);

@@ -472,7 +472,7 @@ static void hostile_vocabularies_are_refused(void **state)
 	char *dir = scratch_dir();
 
 	(void)state;
-	assert_refused(dir, "tiktoken.model: cannot open");
+	assert_refused(dir, "tiktoken.model: cannot be opened");
 	drop_dir(dir);
 	refuse_vocabulary("", 0, "holds no token");
 	refuse_vocabulary("\n\n", 2, "holds no token");
@@ -507,7 +507,7 @@ static void hostile_configurations_are_refused(void **state)
 
 	(void)state;
 	unlink(path);
-	assert_refused(dir, "tokenizer_config.json: cannot open");
+	assert_refused(dir, "tokenizer_config.json: cannot be opened");
 	free(path);
 	drop_dir(dir);
 	refuse_config("", "not JSON");

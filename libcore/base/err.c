@@ -1,9 +1,29 @@
 #include "base/err.h"
 
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "base/utf8.h"
+
+/* Strangers name tensors and files. Their newlines would split a line of output, their escapes move a
+ * terminal's cursor, and JSON has no place for bytes that are not UTF-8, to which cutting adds some. */
+static void tidy(char *s)
+{
+	size_t len = strlen(s), bad;
+
+	for (size_t i = 0; i < len; i++)
+		if ((unsigned char)s[i] < ' ' || s[i] == 0x7f)
+			s[i] = '?';
+	while (!km_utf8_valid(s, len, &bad))
+		s[bad] = '?';
+}
+
+void km_err_sentence(char *to, size_t cap, const char *fmt, va_list ap)
+{
+	vsnprintf(to, cap, fmt, ap);
+	tidy(to);
+}
 
 int km_fail(km_err *err, int code, const char *fmt, ...)
 {
@@ -13,7 +33,7 @@ int km_fail(km_err *err, int code, const char *fmt, ...)
 		return code;
 	err->code = code;
 	va_start(ap, fmt);
-	vsnprintf(err->msg, sizeof(err->msg), fmt, ap);
+	km_err_sentence(err->msg, sizeof(err->msg), fmt, ap);
 	va_end(ap);
 	return code;
 }
@@ -38,6 +58,7 @@ int km_fail_within(km_err *err, const char *fmt, ...)
 		len = sizeof(err->msg) - 1 - at;
 	memcpy(err->msg + at, tail, len);
 	err->msg[at + len] = '\0';
+	tidy(err->msg);
 	return err->code;
 }
 

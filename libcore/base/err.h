@@ -9,6 +9,9 @@
 #ifndef KM_BASE_ERR_H
 #define KM_BASE_ERR_H
 
+#include <stdarg.h>
+#include <stddef.h>
+
 enum km_code {
 	KM_OK = 0,
 	KM_EIO = -1,          /* the operating system said no */
@@ -29,6 +32,9 @@ typedef struct km_err {
 
 /* Fills `err` (cutting a long sentence) and returns `code`. */
 int km_fail(km_err *err, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+
+/* vsnprintf, with '?' for control characters and what is not UTF-8: what km_fail makes of its arguments. */
+void km_err_sentence(char *to, size_t cap, const char *fmt, va_list ap);
 
 /* Puts "context: " before the sentence already in `err`; returns its code. */
 int km_fail_within(km_err *err, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

@@ -2,7 +2,6 @@
 
 #include <inttypes.h>
 #include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 #include "base/mem.h"
@@ -29,7 +28,7 @@ void km_findings_add(km_findings *f, int code, const char *fmt, ...)
 	if (f->kept == f->limit)
 		return;
 	va_start(ap, fmt);
-	vsnprintf(sentence, sizeof(sentence), fmt, ap);
+	km_err_sentence(sentence, sizeof(sentence), fmt, ap);
 	va_end(ap);
 	f->items = km_xreallocarray(f->items, (size_t)f->kept + 1, sizeof(*f->items));
 	f->items[f->kept++] = (km_finding){ code, km_xstrdup(sentence) };

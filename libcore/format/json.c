@@ -15,7 +15,7 @@
 static int open_regular(const char *path, size_t max_bytes, size_t *size, km_err *err)
 {
 	struct stat st;
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hold us up */
 
 	if (fd < 0)
 		return km_fail(err, errno == ENOENT ? KM_ENOTFOUND : KM_EIO,

@@ -330,7 +330,7 @@ int km_safetensors_parse(km_safetensors *file, const void *bytes, size_t size, c
 int km_safetensors_open(km_safetensors *file, const char *path, km_err *err)
 {
 	struct stat st;
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hold us up */
 	void *map = NULL;
 
 	*file = (km_safetensors){ .path = km_xstrdup(path) };

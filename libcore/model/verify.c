@@ -395,7 +395,8 @@ static int verify_all(struct verifier *v, km_verify_result *result, km_err *err)
 			result->bytes += (int64_t)shards->files[i].tensors[k].bytes;
 	km_progress_init(&v->progress, "verifying", "B", result->bytes, v->options->quiet);
 	for (int i = 0; i < shards->file_count && !stopped(v); i++)
-		read_file_data(v, &shards->files[i]);
+		if (shards->files[i].count) /* none: it could not be opened, or there is nothing to read */
+			read_file_data(v, &shards->files[i]);
 	if (stopped(v))
 		return km_fail(err, KM_ECANCELED, "%s: interrupted before all was read",
 		               v->options->dir);

@@ -10,8 +10,7 @@
 #include "base/buf.h"
 #include "base/err.h"
 
-/* Fills `buf` (initialised by the caller, released by him in any case) with the file's bytes.
- * KM_ENOTFOUND when there is no such file, KM_ELIMIT when it has more than `max` bytes. */
+/* km_read_file into `buf` (initialised by the caller, released by him in any case). */
 int km_textfile_read(km_buf *buf, const char *path, size_t max, km_err *err);
 
 /* Reads and parses a JSON object of at most 64 MiB; the caller owns `*object`. Whole numbers come

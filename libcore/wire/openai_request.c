@@ -11,6 +11,7 @@
 
 #include "base/mem.h"
 #include "base/utf8.h"
+#include "text/textfile.h"
 #include "wire/openai_fields.h"
 
 /* 0 is refused for top_p and repetition_penalty: the range below starts just above it. */
@@ -660,17 +661,16 @@ json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 int km_openai_sampling_defaults(km_sampling *sampling, const char *model_dir, km_err *err)
 {
 	char *path = km_xasprintf("%s/generation_config.json", model_dir);
-	json_error_t where;
-	json_t *json = json_load_file(path, 0, &where);
+	json_t *json;
+	int rc = km_textfile_read_json(&json, path, err);
 	km_openai_request r = { .body = json, .sampling = *sampling };
 	km_openai_error error;
-	int rc = 0;
 
-	if (!json && json_error_code(&where) != json_error_cannot_open_file)
-		rc = km_fail(err, KM_EFORMAT, "%s: line %d: %s", path, where.line, where.text);
-	else if (json && take_sampling(&r, &error) < 0)
+	if (rc == KM_ENOTFOUND)
+		rc = 0; /* the caller's stay */
+	else if (!rc && take_sampling(&r, &error) < 0)
 		rc = km_fail(err, KM_EFORMAT, "%s: %s", path, error.message);
-	else if (json)
+	if (!rc)
 		*sampling = r.sampling;
 	json_decref(json);
 	free(path);
