@@ -60,7 +60,7 @@ stop() {
 
 @test "the command line is checked" {
 	for args in "" "--port 1" "--model-path m --port 70000" "--model-path m --batch --plan" \
-		"--model-path m x" "--model-path m --kv-cache-dtype fp8_e5m2" "--model-path m --tp 8 --ep 1"; do
+		"--model-path m --batch --max-queued-requests 5" "--model-path m x" "--model-path m --kv-cache-dtype fp8_e5m2" "--model-path m --tp 8 --ep 1"; do
 		run "$serve" $args
 		[ "$status" -eq 2 ]
 		[[ "$output" == kimi-serve:* ]]
@@ -160,6 +160,15 @@ line() {
 	jq -se 'all(.response.status_code == 200 and .error == null)' "$dir/out"
 	[ "$(jq -r .custom_id "$dir/out" | sort | tr '\n' ' ')" = "c1 c2 c3 c4 c5 chat " ]
 	jq -se '[.[] | select(.custom_id == "c3")][0].response.body.usage.completion_tokens == 4' "$dir/out"
+}
+
+@test "a batch line may ask for more prompts than a server's queue holds" {
+	prompts=$(seq 120 | jq -sc 'map(tostring)')
+	for i in $(seq 12); do
+		line "c$i" /v1/completions "{\"prompt\":$prompts,\"max_tokens\":1}"
+	done >"$dir/in"
+	"$serve" --model-path "$model" --batch --quiet $small <"$dir/in" >"$dir/out"
+	jq -se 'length == 12 and all(.response.body.choices | length == 120)' "$dir/out"
 }
 
 @test "bad batch lines are answered with errors, the rest is done, the status is 1" {

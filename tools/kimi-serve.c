@@ -1,5 +1,6 @@
 /* kimi-serve: answers OpenAI requests from a checkpoint. See man/kimi-serve.1. */
 #include <errno.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -252,7 +253,9 @@ static void engine_options(const struct options *o, km_engine_options *e)
 	e->context_length = (int)o->context;
 	if (o->running)
 		e->max_running_requests = (int)o->running;
-	if (o->queued)
+	if (o->batch) /* the lines wait in the input */
+		e->max_queued_requests = INT_MAX;
+	else if (o->queued)
 		e->max_queued_requests = (int)o->queued;
 	if (o->chunk)
 		e->chunked_prefill_size = (int)o->chunk;
@@ -383,6 +386,10 @@ static int check(const struct options *o, km_err *err)
 		               "--dcp-size, --nnodes) other than 1 are not built");
 	if (o->batch + o->plan + o->explain > 1)
 		return km_fail(err, KM_EINVAL, "--batch, --plan and --explain exclude each other");
+	if (o->batch && o->queued)
+		return km_fail(err, KM_EINVAL,
+		               "--max-queued-requests is for serving; the lines of --batch wait in the "
+		               "input");
 	return 0;
 }
 
