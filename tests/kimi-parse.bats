@@ -288,6 +288,8 @@ CASES
 	run bash -c 'kimi-parse in >/dev/full'
 	[ "$status" -eq 1 ]
 	[[ "$output" == *"writing the output"* ]]
+	run bash -c 'kimi-parse --help >/dev/full'
+	[ "$status" -eq 1 ]
 }
 
 chunk() {

@@ -157,7 +157,7 @@ int main(int argc, char **argv)
 	int operands, status, rc = km_option_parse(&usage, &v, argc, argv, &operands, &err);
 
 	if (rc == KM_OPTION_DONE)
-		return 0;
+		return fflush(stdout) == 0 && !ferror(stdout) ? 0 : 1;
 	if (rc < 0)
 		return usage_error(err.msg);
 	if (conflict(&v))
