@@ -1,15 +1,17 @@
 /*
- * Counts this program's allocations: malloc, calloc and realloc are libc's with a counter before
- * them. Included by one file of a test program. Under a sanitizer, which has a malloc of its own,
+ * Counts this program's allocations: malloc and its kin are libc's with a counter before them. Included by one file of a test program. Under a sanitizer, which has a malloc of its own,
  * nothing is counted and COUNTS_MALLOC is 0.
  */
 #ifndef TESTS_COUNT_MALLOC_H
 #define TESTS_COUNT_MALLOC_H
 
+#include <errno.h>
+#include <malloc.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
+#include <stdlib.h>
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define COUNTS_MALLOC 0
@@ -28,6 +30,7 @@ static atomic_long allocations;
 void *__libc_malloc(size_t bytes);
 void *__libc_calloc(size_t count, size_t bytes);
 void *__libc_realloc(void *p, size_t bytes);
+void *__libc_memalign(size_t alignment, size_t bytes);
 
 void *malloc(size_t bytes)
 {
@@ -45,6 +48,23 @@ void *realloc(void *p, size_t bytes)
 {
 	atomic_fetch_add(&allocations, 1);
 	return __libc_realloc(p, bytes);
+}
+
+void *aligned_alloc(size_t alignment, size_t bytes)
+{
+	atomic_fetch_add(&allocations, 1);
+	return __libc_memalign(alignment, bytes);
+}
+
+void *memalign(size_t alignment, size_t bytes) /* libgomp makes its teams with this */
+{
+	return aligned_alloc(alignment, bytes);
+}
+
+int posix_memalign(void **p, size_t alignment, size_t bytes)
+{
+	*p = aligned_alloc(alignment, bytes);
+	return *p ? 0 : ENOMEM;
 }
 #endif
 
