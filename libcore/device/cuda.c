@@ -44,6 +44,7 @@ int km_cuda_describe(int device, km_cuda_info *info, km_err *err)
 	    cudaDeviceGetAttribute(&width, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess)
 		clock_khz = 0;
 	*info = (km_cuda_info){
+		.runtime = runtime,
 		.capability = p.major * 10 + p.minor,
 		.multiprocessors = p.multiProcessorCount,
 		.l2_bytes = (size_t)p.l2CacheSize,

@@ -23,6 +23,7 @@ typedef struct km_cuda_graph km_cuda_graph;
 typedef struct km_cuda_info {
 	char name[256];     /* "NVIDIA H100 80GB HBM3" */
 	char toolkit[64];   /* "CUDA 13.0, driver 13.0" */
+	int runtime;        /* 13000: the toolkit that this program was built with */
 	int capability;     /* 90 */
 	int multiprocessors;
 	size_t l2_bytes, memory_bytes;
