@@ -26,27 +26,13 @@
 #include "gate.cuh"
 
 template <int PER_LANE>
-__device__ __forceinline__ void load_row(float (&x)[PER_LANE], const float *row, int lane)
-{
-#pragma unroll
-	for (int j = 0; j < PER_LANE / 4; j++) {
-		float4 v = __ldcg((const float4 *)(row + 128 * j) + lane);
-
-		x[4 * j] = v.x;
-		x[4 * j + 1] = v.y;
-		x[4 * j + 2] = v.z;
-		x[4 * j + 3] = v.w;
-	}
-}
-
-template <int PER_LANE>
 static constexpr size_t onepass_smem(int warps)
 {
 	return 32 * PER_LANE * sizeof(float) * (warps + 1) + warps * sizeof(gate_scratch);
 }
 
 /* A warp takes rows warp, warp + all warps, ...; the next row's loads are under way while it works. */
-template <int PER_LANE, bool SOFTMAX>
+template <int PER_LANE, bool SOFTMAX, int TOP, int GROUPS>
 __global__ void gate_onepass(kk_gate_args a)
 {
 	constexpr int E = 32 * PER_LANE;
@@ -58,26 +44,18 @@ __global__ void gate_onepass(kk_gate_args a)
 	float bias[PER_LANE], x[PER_LANE], next[PER_LANE];
 
 	ptx_release_successor();
-#pragma unroll
-	for (int i = 0; i < PER_LANE; i++)
-		bias[i] = 0.0f;
-	if (a.bias)
-		load_row(bias, a.bias, lane);
+	gate_load<PER_LANE>(bias, a.bias, lane);
 	ptx_wait_predecessor();
 	if (row < a.tokens)
-		load_row(x, a.logits + (size_t)row * E, lane);
-	if (warp == 0) {
-#pragma unroll
-		for (int j = 0; j < PER_LANE / 4; j++)
-			*(float4 *)(bias_s + 128 * j + 4 * lane) = make_float4(
-				bias[4 * j], bias[4 * j + 1], bias[4 * j + 2], bias[4 * j + 3]);
-	}
+		gate_load<PER_LANE>(x, a.logits + (size_t)row * E, lane);
+	if (warp == 0)
+		gate_keep<PER_LANE>(bias_s, bias, lane);
 	valid = a.valid_tokens ? min(__ldcg(a.valid_tokens), a.tokens) : a.tokens;
 	__syncthreads(); /* bias_s is written */
 	for (; row < valid; row += stride) {
 		if (row + stride < valid)
-			load_row(next, a.logits + (size_t)(row + stride) * E, lane);
-		gate_row_onepass<PER_LANE, SOFTMAX>(a, row, lane, x, bias, xs, bias_s, s, NULL);
+			gate_load<PER_LANE>(next, a.logits + (size_t)(row + stride) * E, lane);
+		gate_row_onepass<PER_LANE, SOFTMAX, TOP, GROUPS>(a, row, lane, x, bias, xs, bias_s, s, NULL);
 #pragma unroll
 		for (int i = 0; i < PER_LANE; i++)
 			x[i] = next[i];
@@ -86,11 +64,11 @@ __global__ void gate_onepass(kk_gate_args a)
 		gate_store_padding(a, row, lane, NULL);
 }
 
-template <int PER_LANE>
+template <int PER_LANE, int TOP, int GROUPS>
 static cudaError_t launch_onepass(const kk_gate_args *a, int warps, int blocks, cudaStream_t stream)
 {
-	void (*kernel)(kk_gate_args) = a->softmax ? gate_onepass<PER_LANE, true>
-	                                          : gate_onepass<PER_LANE, false>;
+	void (*kernel)(kk_gate_args) = a->softmax ? gate_onepass<PER_LANE, true, TOP, GROUPS>
+	                                          : gate_onepass<PER_LANE, false, TOP, GROUPS>;
 	cudaLaunchAttribute pdl = {};
 	cudaLaunchConfig_t config = {};
 	int rows = (a->tokens + warps - 1) / warps;
@@ -108,13 +86,22 @@ static cudaError_t launch_onepass(const kk_gate_args *a, int warps, int blocks, 
 
 cudaError_t kk_gate_onepass(const kk_gate_args *a, int warps, int blocks, cudaStream_t stream)
 {
-	if (a->tokens < 1 || a->top_k > KK_FAST_TOP_K || a->groups > 1 || warps < 1 || warps > 16 || blocks < 1)
+	int groups = a->groups > 1 ? a->groups : 0;
+
+	if (a->tokens < 1 || a->top_k < 1 || a->top_k > (a->experts == 512 ? 16 : (int)KK_FAST_TOP_K) ||
+	    warps < 1 || warps > 16 || blocks < 1)
 		return cudaErrorInvalidValue;
-	switch (a->experts) {
-	case 256:
-		return launch_onepass<8>(a, warps, blocks, stream);
-	case 384:
-		return launch_onepass<12>(a, warps, blocks, stream);
+	switch (a->experts * 100 + groups) {
+	case 12800:
+		return launch_onepass<4, 8, 0>(a, warps, blocks, stream);
+	case 25600:
+		return launch_onepass<8, 8, 0>(a, warps, blocks, stream);
+	case 25608:
+		return launch_onepass<8, 8, 8>(a, warps, blocks, stream);
+	case 38400:
+		return launch_onepass<12, 8, 0>(a, warps, blocks, stream);
+	case 51200:
+		return launch_onepass<16, 16, 0>(a, warps, blocks, stream);
 	}
 	return cudaErrorInvalidValue;
 }

@@ -111,6 +111,29 @@ __device__ __forceinline__ void gate_store_padding(const kk_gate_args &a, int ro
 		gate_put(a, row, lane, -1, 0.0f, ids_copy);
 }
 
+/* A row of E logits or biases as the one-pass form has it: x[4 j + i] is that of expert 128 j + 4 lane + i;
+ * 0 without a row. */
+template <int PER_LANE>
+__device__ __forceinline__ void gate_load(float (&x)[PER_LANE], const float *row, int lane)
+{
+#pragma unroll
+	for (int j = 0; j < PER_LANE / 4; j++) {
+		float4 v = row ? __ldcg((const float4 *)(row + 128 * j) + lane)
+		               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
+		x[4 * j] = v.x, x[4 * j + 1] = v.y, x[4 * j + 2] = v.z, x[4 * j + 3] = v.w;
+	}
+}
+
+template <int PER_LANE>
+__device__ __forceinline__ void gate_keep(float *row, const float (&x)[PER_LANE], int lane)
+{
+#pragma unroll
+	for (int j = 0; j < PER_LANE / 4; j++)
+		*(float4 *)(row + 128 * j + 4 * lane) =
+			make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+}
+
 /*
  * Rounds: top_k times the best of what is left. Any E, any top_k; the warp's keys lie in shared
  * memory, lane l owns experts l, l + 32, ...; each lane keeps its best, and only the winner looks
@@ -166,14 +189,67 @@ __device__ __forceinline__ int gate_rank(const uint64_t *list, uint64_t mine)
 }
 
 /*
+ * The experts of all but the topk_group best groups become -inf. A group's score is the sum of its two best
+ * (of one where there is but one); ties go to the lower group. Returns the chosen groups, a bit each.
+ */
+template <int PER_LANE, int GROUPS>
+__device__ __forceinline__ unsigned gate_keep_groups(float (&c)[PER_LANE], int topk_group, int lane)
+{
+	constexpr int CHUNKS = PER_LANE / 4, LANES = 8 * PER_LANE / GROUPS, A_CHUNK = GROUPS / CHUNKS;
+	float score[CHUNKS];
+	int rank[CHUNKS];
+	unsigned chosen = 0;
+
+#pragma unroll
+	for (int j = 0; j < CHUNKS; j++) {
+		float a = fmaxf(c[4 * j], c[4 * j + 1]), b = fminf(c[4 * j], c[4 * j + 1]);
+		float d = fmaxf(c[4 * j + 2], c[4 * j + 3]), e = fminf(c[4 * j + 2], c[4 * j + 3]);
+		float first = fmaxf(a, d), second = fmaxf(fminf(a, d), fmaxf(b, e));
+
+#pragma unroll
+		for (int l = 1; l < LANES; l *= 2) {
+			float f = __shfl_xor_sync(FULL, first, l), s = __shfl_xor_sync(FULL, second, l);
+
+			second = fmaxf(fmaxf(second, s), fminf(first, f));
+			first = fmaxf(first, f);
+		}
+		score[j] = first + (second > -INFINITY ? second : 0.0f);
+		rank[j] = 0;
+	}
+#pragma unroll
+	for (int g = 0; g < GROUPS; g++) {
+		float other = __shfl_sync(FULL, score[g / A_CHUNK], g % A_CHUNK * LANES);
+
+#pragma unroll
+		for (int j = 0; j < CHUNKS; j++)
+			rank[j] += other > score[j] ||
+			           (other == score[j] && g < A_CHUNK * j + lane / LANES);
+	}
+#pragma unroll
+	for (int j = 0; j < CHUNKS; j++) {
+		bool keep = rank[j] < topk_group;
+		unsigned lanes = __ballot_sync(FULL, keep);
+
+#pragma unroll
+		for (int i = 0; i < 4; i++)
+			c[4 * j + i] = keep ? c[4 * j + i] : -INFINITY;
+#pragma unroll
+		for (int g = 0; g < A_CHUNK; g++)
+			chosen |= (lanes >> (g * LANES) & 1) << (A_CHUNK * j + g);
+	}
+	return chosen;
+}
+
+/*
  * One pass. The logits of the row are in this lane's registers (x[4 j + i] is expert 128 j + 4 lane
- * + i) and in the warp's shared memory `xs`; bias likewise. Lanes l and l ^ 16 share a group; the
+ * + i) and in the warp's shared memory `xs`; bias likewise. GROUPS of experts, or 0; top_k up to TOP.
+ * Lanes l and l ^ 16 share a group; the
  * top_k-th best of the 16 group maxima bounds the top_k-th best expert from below, and the few
  * experts above it (10 of 384 in the mean) are ranked by counting. The rare rest goes by rounds:
  * more than 32 above the bound or more than 4 in one lane, fewer than top_k groups with a valid
  * expert, an expert above the bound whose logit is -inf.
  */
-template <int PER_LANE, bool SOFTMAX>
+template <int PER_LANE, bool SOFTMAX, int TOP = KK_FAST_TOP_K, int GROUPS = 0>
 __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row, int lane,
                                                  const float (&x)[PER_LANE],
                                                  const float (&bias)[PER_LANE], float *xs,
@@ -183,14 +259,11 @@ __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row,
 	constexpr int CHUNKS = PER_LANE / 4;
 	float c[PER_LANE], top = -INFINITY, score = 0.0f, logit = 0.0f, b, sum = 0.0f;
 	gate_row_scale scale = {0.0f, 1.0f};
-	uint32_t key, bound, level[4], has[4], before = (1u << lane) - 1;
+	uint32_t key, bound, level[4], has[4], before = (1u << lane) - 1, chosen = FULL;
 	float *ranked = (float *)s->group;
 	int n = 0, found, rank = 0, id = 0;
 
-#pragma unroll
-	for (int j = 0; j < CHUNKS; j++)
-		*(float4 *)(xs + 128 * j + 4 * lane) =
-			make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+	gate_keep<PER_LANE>(xs, x, lane);
 	if (SOFTMAX) {
 		float m = x[0], total = 0.0f;
 
@@ -205,7 +278,15 @@ __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row,
 	}
 #pragma unroll
 	for (int i = 0; i < PER_LANE; i++)
-		c[i] = gate_score_fast<SOFTMAX>(x[i], scale) + bias[i];
+		if (GROUPS) {
+			float exact = gate_score<SOFTMAX>(x[i], scale) + bias[i];
+
+			c[i] = gate_valid(x[i], exact) ? exact : -INFINITY;
+		} else {
+			c[i] = gate_score_fast<SOFTMAX>(x[i], scale) + bias[i];
+		}
+	if constexpr (GROUPS > 0)
+		chosen = gate_keep_groups<PER_LANE, GROUPS>(c, a.topk_group, lane);
 #pragma unroll
 	for (int j = 0; j < CHUNKS; j++)
 		top = fmaxf(top, fmaxf(fmaxf(c[4 * j], c[4 * j + 1]), fmaxf(c[4 * j + 2], c[4 * j + 3])));
@@ -260,6 +341,8 @@ __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row,
 		for (int e = lane; e < 32 * PER_LANE; e += 32) {
 			float xe = xs[e], ce = gate_score<SOFTMAX>(xe, scale) + bias_s[e];
 
+			if (GROUPS && !(chosen >> (e * GROUPS / (32 * PER_LANE)) & 1))
+				ce = -INFINITY;
 			keys[e] = gate_valid(xe, ce) ? gate_key(ce) : 0;
 		}
 		__syncwarp();
@@ -289,7 +372,7 @@ __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row,
 	__syncwarp();
 	/* The order of this sum depends on the ranks alone. */
 #pragma unroll
-	for (int i = 0; i < KK_FAST_TOP_K; i++)
+	for (int i = 0; i < TOP; i++)
 		sum += i < found ? ranked[i] : 0.0f;
 	if (lane < n && rank < found)
 		gate_put(a, row, rank, gate_physical(a, id), score * gate_factor(a, sum), ids_copy);

@@ -1,6 +1,7 @@
 /*
- * Every instruction of PTX in the tree, one wrapper each. Where an architecture lacks one, the wrapper
- * compiles to nothing or to a trap, and says so: the plans choose by compute capability.
+ * Every instruction of PTX in the tree, one wrapper each (the warpgroups' are in wgmma.cuh). Where an
+ * architecture lacks one, the wrapper compiles to nothing or to a trap, and says so: the plans choose by
+ * compute capability.
  */
 #ifndef KK_PTX_CUH
 #define KK_PTX_CUH
@@ -125,6 +126,51 @@ __device__ __forceinline__ int ptx_arrive_acq_rel(int32_t *counter)
 	             : "l"(counter)
 	             : "memory");
 	return old;
+}
+
+/* 16 bytes from global to shared memory, past L1; a group ends with ptx_copy_commit. */
+__device__ __forceinline__ void ptx_copy_async(uint32_t to, const void *from)
+{
+	asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void ptx_copy_commit()
+{
+	asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* All of this thread's groups but the last N have arrived. */
+template <int N>
+__device__ __forceinline__ void ptx_copy_wait()
+{
+	asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ __forceinline__ void ptx_cluster_store4(uint32_t address, float4 v)
+{
+#if __CUDA_ARCH__ >= 900
+	asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
+	             "f"(v.z), "f"(v.w)
+	             : "memory");
+#endif
+}
+
+/* What this thread wrote to shared memory, and what it waited for with ptx_copy_wait, is visible to the
+ * tensor cores' own reads. */
+__device__ __forceinline__ void ptx_fence_async()
+{
+#if __CUDA_ARCH__ >= 900
+	asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/* The same as a pointer for ordinary loads and stores. */
+__device__ __forceinline__ int32_t *ptx_cluster_pointer(int32_t *p, uint32_t rank)
+{
+#if __CUDA_ARCH__ >= 900
+	asm("mapa.u64 %0, %0, %1;" : "+l"(p) : "r"(rank));
+#endif
+	return p;
 }
 
 #endif

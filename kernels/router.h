@@ -23,7 +23,7 @@ extern "C" {
 enum {
 	KK_MAX_EXPERTS = 1024,
 	KK_MAX_TOP_K = 32,
-	KK_FAST_TOP_K = 8,       /* of the one-pass gate, E 256 and 384 */
+	KK_FAST_TOP_K = 8,       /* of the one-pass gate, but for 512 experts */
 	KK_FUSED_TOKENS = 64,    /* of the forms that end in an alignment in the same launch */
 	KK_ROUTER_HIDDEN = 7168, /* of the register-resident router GEMM */
 	KK_SCRATCH_SYNC_BYTES = 64,       /* the part of the fused forms' scratch that must start as zero */
@@ -67,7 +67,7 @@ typedef struct kk_align_args {
 	int32_t *sorted;       /* [kk_align_capacity] */
 	int32_t *block_expert; /* [kk_align_capacity / block] */
 	int32_t *total;        /* one word */
-	int32_t *scratch;      /* [kk_align_scratch_words], for more than KK_FUSED_TOKENS tokens */
+	int32_t *scratch;      /* [kk_align_scratch_words] */
 	int tokens, top_k, experts, block;
 	bool pdl;
 } kk_align_args;
@@ -75,28 +75,34 @@ typedef struct kk_align_args {
 int kk_align_capacity(int tokens, int top_k, int experts, int block);
 int kk_align_scratch_words(int tokens, int top_k, int experts);
 
-/* The gate: one pass of a warp over each row (experts 256 or 384, top_k up to 8, one group), or the
- * general form. `warps` rows at a time in a block, `blocks` blocks at most. */
+/* The gate: one pass of a warp over each row (experts 128, 256 or 384, top_k up to 8, one group; 256
+ * experts in 8 groups, top_k up to 8; 512 experts, top_k up to 16, one group), or the general form. `warps` rows at a time in a block, `blocks` blocks at most. */
 cudaError_t kk_gate_onepass(const kk_gate_args *args, int warps, int blocks, cudaStream_t stream);
 cudaError_t kk_gate_general(const kk_gate_args *args, cudaStream_t stream);
 
 cudaError_t kk_align(const kk_align_args *args, cudaStream_t stream);
 
-/* Gate and alignment of up to KK_FUSED_TOKENS rows; gate's conditions are kk_gate_onepass's.
- * `scratch`: KK_SCRATCH_BYTES, the first KK_SCRATCH_SYNC_BYTES zero before the first call; every call
- * leaves them zero. Calls that may run at the same time need one each. */
-cudaError_t kk_gate_align(const kk_gate_args *gate, const kk_align_args *align, void *scratch,
+/* Gate and alignment of up to KK_FUSED_TOKENS rows in one launch; gate's conditions are kk_gate_onepass's,
+ * top_k up to KK_FAST_TOP_K. `warps` rows to a block, 1 (up to 32 places), 4 (256), 8 or 16; up to eight
+ * blocks, and where there is more than one, compute capability 9.0. */
+cudaError_t kk_gate_align(const kk_gate_args *gate, const kk_align_args *align, int warps,
                           cudaStream_t stream);
 
 /* Router GEMM with the weights in the registers of the whole GPU: bf16, hidden 7168, experts a
  * multiple of 16 up to 512 (compute capability 9.0 and later). */
 cudaError_t kk_router_resident(const kk_router_args *args, cudaStream_t stream);
+/* Router GEMM with the columns split over clusters: bf16, hidden 7168, an even number of experts from 8
+ * on (compute capability 9.0 alone). Tiles of tokens x experts: 64 x 32, 64 x 48, 128 x 48, 128 x 64,
+ * 128 x 96. */
+cudaError_t kk_router_split(const kk_router_args *args, int split, int tokens_tile, int experts_tile,
+                            cudaStream_t stream);
 /* Any hidden divisible by 8, any experts; bf16 or f32 weights. */
 cudaError_t kk_router_general(const kk_router_args *args, cudaStream_t stream);
 
 /* All three in one launch: the conditions of kk_router_resident and of kk_gate_align together.
  * gate->logits is not read; router->logits is scratch that holds the logits afterwards. `align` may
- * be NULL: router and gate only. */
+ * be NULL: router and gate only. `scratch`: KK_SCRATCH_BYTES, the first KK_SCRATCH_SYNC_BYTES zero before
+ * the first call; every call leaves them zero. Calls that may run at the same time need one each. */
 cudaError_t kk_router_gate_align(const kk_router_args *router, const kk_gate_args *gate,
                                  const kk_align_args *align, void *scratch, cudaStream_t stream);
 

@@ -246,7 +246,7 @@ __device__ __forceinline__ void fused_prepare(const kk_gate_args &g, const kk_al
 			g.bias ? ((const float4 *)g.bias)[j] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 	if (!a.ids)
 		return;
-	align_prepare(a, as);
+	align_prepare<BLOCK_THREADS>(a, as);
 	for (int i = threadIdx.x; i < KK_FUSED_TOKENS * KK_FAST_TOP_K; i += BLOCK_THREADS)
 		s->ids[i] = -1;
 }
@@ -286,7 +286,7 @@ router_fused_few(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *syn
 	__shared__ bool last;
 	tile_part<NT> *parts = (tile_part<NT> *)smem;
 	fused_smem<NT> *s = (fused_smem<NT> *)(parts + GEMM_WARPS);
-	align_scratch as = align_carve(s + 1, a.experts);
+	align_scratch as = align_carve(s + 1, a);
 	place p = {(int)threadIdx.x % 32, (int)threadIdx.x / 32, (int)blockIdx.x / RANKS,
 	           (int)blockIdx.x % RANKS};
 	{
@@ -347,7 +347,7 @@ router_fused_few(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *syn
 	if (!a.ids)
 		return;
 	__syncthreads(); /* the ids are written */
-	align_block_sort(a, s->ids, as);
+	align_block_sort<BLOCK_THREADS, 2>(a, s->ids, as);
 }
 
 /*
@@ -366,7 +366,7 @@ router_fused(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *sync)
 	tile_part<NT> *parts = (tile_part<NT> *)smem;
 	fused_smem<NT> *s =
 		(fused_smem<NT> *)(parts + (r.tokens + TILE - 1) / TILE * GEMM_WARPS);
-	align_scratch as = align_carve(s + 1, a.experts);
+	align_scratch as = align_carve(s + 1, a);
 	place p = {(int)threadIdx.x % 32, (int)threadIdx.x / 32, (int)blockIdx.x / RANKS,
 	           (int)ptx_cluster_rank()};
 	int clusters = gridDim.x / RANKS, owners = (r.tokens + OWN - 1) / OWN;
@@ -397,12 +397,7 @@ router_fused(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *sync)
 	if (row < r.tokens) {
 		float x[4 * NT];
 
-#pragma unroll
-		for (int j = 0; j < NT; j++) {
-			float4 v = __ldcg((const float4 *)(r.logits + (size_t)row * E + 128 * j) + p.lane);
-
-			x[4 * j] = v.x, x[4 * j + 1] = v.y, x[4 * j + 2] = v.z, x[4 * j + 3] = v.w;
-		}
+		gate_load<4 * NT>(x, r.logits + (size_t)row * E, p.lane);
 		fused_gate<NT, SOFTMAX>(g, s, row, x, p.lane, p.warp);
 	}
 	if (!a.ids)
@@ -421,7 +416,7 @@ router_fused(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *sync)
 			s->ids[i] = __ldcg(g.ids + i);
 		__syncthreads(); /* all ids are here */
 	}
-	align_block_sort(a, s->ids, as);
+	align_block_sort<BLOCK_THREADS, 2>(a, s->ids, as);
 }
 
 /* One warp, one expert, GENERAL_TOKENS tokens; lanes stride the columns by eight. */
@@ -572,7 +567,7 @@ static cudaError_t launch_fused(const kk_router_args *r, const kk_gate_args *g, 
 	bool few = r->tokens <= OWN;
 	kk_align_args none = {};
 	size_t smem = parts_bytes<NT>(r->tokens) + sizeof(fused_smem<NT>) +
-	              (a ? align_smem(a->tokens * a->top_k, a->experts) : 0);
+	              (a ? align_smem(a->tokens * a->top_k, a->experts, a->block) : 0);
 	launch_setup setup(dim3(16 * RANKS), BLOCK_THREADS, smem, r->pdl, few ? 1 : (int)RANKS, stream);
 	cudaError_t rc = allow_smem(few ? (const void *)router_fused_few<NT, SOFTMAX>
 	                                : (const void *)router_fused<NT, SOFTMAX>, setup);

@@ -42,14 +42,18 @@ static void test_table(void **state)
 		enum km_router_gate gate;
 	} rows[] = {
 		{ "K2", 1, 384, 8, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
-		{ "K2", 64, 384, 8, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
+		{ "K2", 16, 384, 8, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
+		{ "K2", 64, 384, 8, 1, 1, 7168, false, KM_GEMM_SPLIT, KM_GATE_ONEPASS },
 		{ "K2", 40000, 384, 8, 1, 1, 7168, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
 		{ "K2, f32 router", 16, 384, 8, 1, 1, 7168, true, KM_GEMM_GENERAL, KM_GATE_ONEPASS },
-		{ "DeepSeek-V3", 16, 256, 8, 8, 4, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ROUNDS },
+		{ "DeepSeek-V3", 2, 256, 8, 8, 4, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
+		{ "DeepSeek-V2", 2, 160, 6, 8, 3, 5120, false, KM_GEMM_GENERAL, KM_GATE_ROUNDS },
+		{ "256 in 4 groups", 2, 256, 8, 4, 2, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ROUNDS },
+		{ "128 experts", 16, 128, 8, 1, 1, 4096, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
 		{ "GLM-like", 16, 256, 8, 1, 1, 5120, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
 		{ "GLM-like, one token", 1, 256, 8, 1, 1, 5120, false, KM_GEMM_GENERAL, KM_GATE_ONEPASS },
-		{ "512 experts, top 10", 8, 512, 10, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ROUNDS },
-		{ "512 experts, hidden 2048", 8, 512, 10, 1, 1, 2048, false, KM_GEMM_BLAS, KM_GATE_ROUNDS },
+		{ "512 experts, top 10", 8, 512, 10, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
+		{ "512 experts, hidden 2048", 8, 512, 10, 1, 1, 2048, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
 		{ "odd", 3, 7, 3, 1, 1, 24, false, KM_GEMM_GENERAL, KM_GATE_ROUNDS },
 		{ "largest", 5000, 1024, 32, 32, 4, 8192, false, KM_GEMM_BLAS, KM_GATE_ROUNDS },
 	};
@@ -125,6 +129,7 @@ static void test_limits_of_tuning(void **state)
 				plan = plan_of(&s, &d);
 				assert_int_equal(plan.pdl, pdl);
 				assert_int_equal(plan.gemm == KM_GEMM_RESIDENT, tokens <= t->resident_tokens);
+				assert_int_equal(plan.gemm == KM_GEMM_BLAS, tokens > t->split_tokens);
 				assert_int_equal(plan.chain == KM_CHAIN_ONE_LAUNCH, tokens <= t->one_launch_tokens);
 				assert_true(plan.chain == KM_CHAIN_SEPARATE || tokens <= 64);
 			}
@@ -137,6 +142,8 @@ static void test_without_blas(void **state)
 
 	(void)state;
 	d.blas = false;
+	assert_int_equal(plan_of(&s, &d).gemm, KM_GEMM_SPLIT);
+	d.capability = 100;
 	assert_int_equal(plan_of(&s, &d).gemm, KM_GEMM_RESIDENT);
 	s.hidden = 4096;
 	assert_int_equal(plan_of(&s, &d).gemm, KM_GEMM_GENERAL);
@@ -182,8 +189,11 @@ static void test_words(void **state)
 	s.experts = 300;
 	s.tokens = 3;
 	check_words(&s, &d, (const char *[]){ "general form", "hidden is not 7168",
-	                                      "by rounds", "neither 256 nor 384", NULL });
-	s = shape_of(2, 384, 8);
+	                                      "by rounds", "experts are not 128", NULL });
+	s = shape_of(50, 384, 8);
+	check_words(&s, &d, (const char *[]){ "clusters of 16, tiles of 64 tokens x 64 experts", "tuning row 90",
+	                                      NULL });
+	s = shape_of(100, 384, 8);
 	d.blas = false;
 	check_words(&s, &d, (const char *[]){ "cuBLASLt was not found", NULL });
 }

@@ -64,7 +64,10 @@ static int enqueue(km_cuda *cuda, enum km_router_part part, const km_router_plan
 			return km_cuda_blas_linear(cuda, b->x, b->w, b->logits, s->tokens, s->experts,
 			                           s->hidden, err);
 		rc = p->gemm == KM_GEMM_RESIDENT ? kk_router_resident(&gemm, cuda->stream)
-		                                 : kk_router_general(&gemm, cuda->stream);
+		     : p->gemm == KM_GEMM_SPLIT
+		             ? kk_router_split(&gemm, p->split, p->split_tokens, p->split_experts,
+		                               cuda->stream)
+		             : kk_router_general(&gemm, cuda->stream);
 		break;
 	case KM_PART_GATE:
 		gate.pdl = p->gate_pdl;
@@ -76,7 +79,7 @@ static int enqueue(km_cuda *cuda, enum km_router_part part, const km_router_plan
 		rc = kk_align(&align, cuda->stream);
 		break;
 	case KM_PART_GATE_ALIGN:
-		rc = kk_gate_align(&gate, &align, b->scratch, cuda->stream);
+		rc = kk_gate_align(&gate, &align, p->fused_warps, cuda->stream);
 		break;
 	case KM_PART_ROUTER_GATE:
 		rc = kk_router_gate_align(&gemm, &gate, NULL, b->scratch, cuda->stream);

@@ -76,11 +76,27 @@ static const char *resident_misses(const km_router_shape *s, const km_router_dev
 
 static const char *onepass_misses(const km_router_shape *s)
 {
-	if (s->experts != 256 && s->experts != 384)
-		return "experts are neither 256 nor 384";
-	if (s->top_k > ONEPASS_TOP_K)
+	if (s->experts != 128 && s->experts != 256 && s->experts != 384 && s->experts != 512)
+		return "experts are not 128, 256, 384 or 512";
+	if (s->experts == 512 && s->top_k > 2 * ONEPASS_TOP_K)
+		return "top_k is above 16";
+	if (s->experts < 512 && s->top_k > ONEPASS_TOP_K)
 		return "top_k is above 8";
-	return s->groups > 1 ? "there are expert groups" : NULL;
+	return s->groups > 1 && (s->experts != 256 || s->groups != 8)
+	               ? "there are expert groups, but not 8 of 256 experts" : NULL;
+}
+
+/* The forms in one launch with an alignment. */
+static bool fuses(const km_router_shape *s)
+{
+	return (s->experts == 256 || s->experts == 384) && s->top_k <= ONEPASS_TOP_K && s->groups <= 1 &&
+	       s->tokens <= ONE_LAUNCH_TOKENS;
+}
+
+/* The split form's instructions are capability 9.0's alone, and it writes logits in pairs. */
+static bool splits(const km_router_shape *s, const km_router_device *d)
+{
+	return !resident_misses(s, d) && d->capability == 90 && s->experts % 2 == 0;
 }
 
 static enum km_router_gemm choose_gemm(const km_router_shape *s, const km_router_device *d)
@@ -88,10 +104,37 @@ static enum km_router_gemm choose_gemm(const km_router_shape *s, const km_router
 	const km_router_tuning *t = km_router_tuning_find(d, s->experts);
 	bool resident = !resident_misses(s, d), blas = d->blas && !s->weights_f32;
 
-	if (resident && (!blas || !t || s->tokens <= t->resident_tokens))
+	if (resident && (!t || s->tokens <= t->resident_tokens))
+		return KM_GEMM_RESIDENT;
+	if (splits(s, d) && (!blas || s->tokens <= t->split_tokens))
+		return KM_GEMM_SPLIT;
+	if (resident && !blas)
 		return KM_GEMM_RESIDENT;
 	/* The general form beats cuBLASLt at no token count above a few (TRIED 6). */
 	return blas && s->tokens > 4 ? KM_GEMM_BLAS : KM_GEMM_GENERAL;
+}
+
+/*
+ * The split form's tile. Two blocks fit a multiprocessor with 64 x 32 and 64 x 48, so that where launches
+ * overlap the next one's weights arrive while this one works; on H100 (E 384, us) 64 x 48, 64 x 64 and
+ * 128 x 64 take 4.3, 4.8, 5.5 at 32 tokens, 5.8, 5.4, 6.1 at 64, 9.8, 10.0, 7.4 at 128. Without overlap
+ * 128 x 64 is best from 32 on, at 256 experts as well. Above 384 experts seven clusters are too few.
+ */
+static void choose_split(km_router_plan *p, const km_router_shape *s)
+{
+	bool large = s->tokens > 64 || (!p->pdl && s->tokens > 24);
+
+	p->split = 16;
+	p->split_tokens = large ? 128 : 64;
+	p->split_experts = large ? 64 : s->experts <= 256 ? 32 : s->experts <= 384 && s->tokens > 40 ? 64 : 48;
+}
+
+/* Rows to a block of the gate that aligns: one block while its warps keep up, then eight warps a block. */
+static int fused_warps(const km_router_shape *s)
+{
+	if (s->tokens * s->top_k <= 32 && s->tokens <= 4)
+		return s->tokens == 1 ? 1 : 4;
+	return s->tokens > 8 && s->tokens <= 16 ? 16 : 8;
 }
 
 /*
@@ -120,8 +163,10 @@ int km_router_plan_make(km_router_plan *plan, const km_router_shape *s, const km
 	t = km_router_tuning_find(d, s->experts);
 	*plan = (km_router_plan){ .pdl = d->pdl, .gemm = choose_gemm(s, d), .chain = KM_CHAIN_SEPARATE };
 	plan->gate = onepass_misses(s) ? KM_GATE_ROUNDS : KM_GATE_ONEPASS;
+	choose_split(plan, s);
+	plan->fused_warps = fused_warps(s);
 	choose_gate_launch(plan, s, d);
-	if (!t || plan->gate != KM_GATE_ONEPASS || s->tokens > ONE_LAUNCH_TOKENS)
+	if (!t || !fuses(s))
 		return 0;
 	if (!resident_misses(s, d) && s->tokens <= t->one_launch_tokens)
 		plan->chain = KM_CHAIN_ONE_LAUNCH;
@@ -141,11 +186,22 @@ static void explain_gemm(const km_router_plan *p, const km_router_shape *s, cons
 		              "%d, %d experts)\n", t->one_launch_tokens, t->capability, t->experts);
 		return;
 	}
+	if (p->gemm == KM_GEMM_SPLIT) {
+		km_buf_printf(out, "router GEMM: split over clusters of %d, tiles of %d tokens x %d experts",
+		              p->split, p->split_tokens, p->split_experts);
+		if (!d->blas)
+			km_buf_printf(out, "; cuBLASLt was not found, so it is taken above %d tokens\n",
+			              t->resident_tokens);
+		else
+			km_buf_printf(out, "; %d to %d tokens (tuning row %d, %d experts)\n",
+			              t->resident_tokens + 1, t->split_tokens, t->capability, t->experts);
+		return;
+	}
 	if (p->gemm == KM_GEMM_RESIDENT) {
 		km_buf_printf(out, "router GEMM: resident, %d blocks hold the weights in registers",
 		              (s->experts + (s->experts > 384 ? 31 : s->experts > 256 ? 23 : 15)) /
 		                      (s->experts > 384 ? 32 : s->experts > 256 ? 24 : 16) * 8);
-		if (!d->blas)
+		if (t && s->tokens > t->resident_tokens)
 			km_buf_puts(out, "; cuBLASLt was not found, so it is taken at every token count\n");
 		else if (t)
 			km_buf_printf(out, "; up to %d tokens (tuning row %d, %d experts)\n",
@@ -159,8 +215,9 @@ static void explain_gemm(const km_router_plan *p, const km_router_shape *s, cons
 	if (misses)
 		km_buf_printf(out, "the resident form does not fit: %s\n", misses);
 	else
-		km_buf_printf(out, "%d tokens are above the resident form's %d (tuning row %d, %d experts)\n",
-		              s->tokens, t->resident_tokens, t->capability, t->experts);
+		km_buf_printf(out, "%d tokens are above the resident form's %d and the split form's %d "
+		              "(tuning row %d, %d experts)\n", s->tokens, t->resident_tokens, t->split_tokens,
+		              t->capability, t->experts);
 }
 
 void km_router_plan_explain(const km_router_plan *p, const km_router_shape *s,

@@ -24,7 +24,8 @@ typedef struct km_router_device {
 typedef struct km_router_tuning {
 	int capability, experts;
 	bool pdl;
-	int resident_tokens;   /* the resident GEMM up to this many; cuBLASLt above */
+	int resident_tokens;   /* the resident GEMM up to this many */
+	int split_tokens;      /* else the split GEMM up to this many; cuBLASLt above */
 	int one_launch_tokens; /* router, gate and alignment in one launch up to this many */
 	int gate_align_tokens; /* else gate and alignment in one launch up to this many */
 } km_router_tuning;

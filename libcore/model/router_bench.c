@@ -28,17 +28,17 @@ void km_router_bench_quantiles(double *us, int count, double *median, double *p9
 
 int km_router_bench_forms(const km_router_shape *s, bool gpu, const char **forms)
 {
-	bool onepass = (s->experts == 256 || s->experts == 384) && s->top_k <= 8 && s->groups <= 1;
+	bool fused = (s->experts == 256 || s->experts == 384) && s->top_k <= 8 && s->groups <= 1;
 	int n = 0;
 
 	forms[n++] = "gate";
 	if (gpu) {
 		forms[n++] = "align";
-		if (onepass && s->tokens <= 64)
+		if (fused && s->tokens <= 64)
 			forms[n++] = "gate+align";
 	}
 	forms[n++] = "router";
-	if (gpu && onepass && s->tokens <= 64 && s->hidden == 7168 && !s->weights_f32)
+	if (gpu && fused && s->tokens <= 64 && s->hidden == 7168 && !s->weights_f32)
 		forms[n++] = "one-launch";
 	forms[n++] = "chain";
 	return n;

@@ -344,25 +344,30 @@ enum { TUNE_COUNT = sizeof(tune_tokens) / sizeof(tune_tokens[0]), FUSED_TOKENS =
 
 /* The GEMM's and the chain's best forms at g's token count. */
 typedef struct tune_point {
-	bool resident;
+	enum km_router_gemm gemm;
 	enum km_router_chain chain;
 } tune_point;
 
 static int tune_at(gpu_bench *g, tune_point *point, km_err *err)
 {
+	const enum km_router_gemm forms[] = { KM_GEMM_RESIDENT, KM_GEMM_SPLIT, KM_GEMM_BLAS };
 	km_router_bench_row row;
-	double best = 1e30, resident;
+	double best = 1e30;
 
-	g->plan.gemm = KM_GEMM_RESIDENT;
-	KM_TRY(time_graph(g, KM_PART_GEMM, &row, err));
-	resident = row.us_median;
-	point->resident = true;
-	if (g->device.blas) {
-		g->plan.gemm = KM_GEMM_BLAS;
+	point->gemm = KM_GEMM_RESIDENT;
+	for (int f = 0; f < 3; f++) {
+		if ((forms[f] == KM_GEMM_SPLIT && g->device.capability != 90) ||
+		    (forms[f] == KM_GEMM_BLAS && !g->device.blas))
+			continue;
+		g->plan.gemm = forms[f];
 		KM_TRY(time_graph(g, KM_PART_GEMM, &row, err));
-		point->resident = resident <= row.us_median;
+		if (row.us_median < best) {
+			best = row.us_median;
+			point->gemm = forms[f];
+		}
 	}
-	g->plan.gemm = point->resident ? KM_GEMM_RESIDENT : KM_GEMM_BLAS;
+	g->plan.gemm = point->gemm;
+	best = 1e30;
 	point->chain = KM_CHAIN_SEPARATE;
 	for (int c = KM_CHAIN_SEPARATE; c <= KM_CHAIN_ONE_LAUNCH && g->shape.tokens <= FUSED_TOKENS; c++) {
 		g->plan.chain = (enum km_router_chain)c;
@@ -377,26 +382,29 @@ static int tune_at(gpu_bench *g, tune_point *point, km_err *err)
 
 static int tune_rows(gpu_bench *g, km_buf *out, km_err *err)
 {
-	int resident = 0, one_launch = 0, gate_align = 0;
-	bool more_resident = true, more_one = true, more_gate = true;
+	int resident = 0, split = 0, one_launch = 0, gate_align = 0;
+	bool more_resident = true, more_split = true, more_one = true, more_gate = true;
 
 	for (int i = 0; i < TUNE_COUNT; i++) {
 		tune_point p;
 
 		KM_TRY(set_tokens(g, tune_tokens[i], err));
 		KM_TRY(tune_at(g, &p, err));
-		more_resident = more_resident && p.resident;
+		more_resident = more_resident && p.gemm == KM_GEMM_RESIDENT;
+		more_split = more_split && p.gemm != KM_GEMM_BLAS;
 		more_one = more_one && p.chain == KM_CHAIN_ONE_LAUNCH;
 		more_gate = more_gate && p.chain != KM_CHAIN_SEPARATE;
 		if (more_resident)
 			resident = tune_tokens[i];
+		if (more_split)
+			split = tune_tokens[i];
 		if (more_one)
 			one_launch = tune_tokens[i];
 		if (more_gate)
 			gate_align = tune_tokens[i];
 	}
-	km_buf_printf(out, "\t{ %d, %d, %s, %d, %d, %d },\n", g->device.capability, g->shape.experts,
-	              g->device.pdl ? "true" : "false", resident, one_launch, gate_align);
+	km_buf_printf(out, "\t{ %d, %d, %s, %d, %d, %d, %d },\n", g->device.capability, g->shape.experts,
+	              g->device.pdl ? "true" : "false", resident, split, one_launch, gate_align);
 	return 0;
 }
 

@@ -219,7 +219,7 @@ typedef struct gate_form {
 	const char *name;
 	enum km_router_part part;
 	enum km_router_gate gate;
-	int warps, blocks;
+	int warps, blocks; /* the alignment's form takes only warps; 0: the plan's */
 } gate_form;
 
 static void check_gate_case(const gate_form *form, const km_router_shape *shape, enum logits_kind kind,
@@ -245,6 +245,7 @@ static void check_gate_case(const gate_form *form, const km_router_shape *shape,
 	r.b.valid = take_copy(&valid, 4);
 	plan.gate = form->gate;
 	plan.gate_warps = form->warps;
+	plan.fused_warps = form->warps ? form->warps : plan.fused_warps;
 	plan.gate_blocks = form->blocks;
 	must(km_cuda_router_run(gpu, form->part, &plan, shape, &r.b, &err));
 	rig_fetch_gate(&r);
@@ -299,6 +300,15 @@ static void test_gate_onepass(void **state)
 			s.renormalize = v != 2;
 			sweep_gate(&forms[f], s, 1);
 		}
+	s.tokens = short_run ? 21 : 1001;
+	for (int v = 0; v < 8; v++) {
+		s.experts = v < 4 ? 256 : v < 6 ? 512 : 128;
+		s.groups = v < 4 ? 8 : 1;
+		s.topk_group = v == 0 ? 1 : v == 1 ? 2 : 4;
+		s.top_k = v == 4 ? 16 : v == 5 ? 10 : v == 2 ? 5 : 8;
+		s.softmax = v % 2;
+		sweep_gate(&forms[v % 2], s, 1);
+	}
 }
 
 static void test_gate_rounds(void **state)
@@ -325,7 +335,7 @@ static void test_gate_rounds(void **state)
 
 static void test_gate_align(void **state)
 {
-	static const gate_form form = { "gate and alignment", KM_PART_GATE_ALIGN, KM_GATE_ONEPASS, 1, 1 };
+	gate_form form = { "gate and alignment", KM_PART_GATE_ALIGN, KM_GATE_ONEPASS, 0, 1 };
 	static const int tokens[] = { 1, 2, 7, 8, 9, 33, 63, 64 };
 
 	(void)state;
@@ -338,7 +348,11 @@ static void test_gate_align(void **state)
 			s.experts = v & 1 ? 256 : 384;
 			s.softmax = v & 2;
 			s.block = v == 1 ? 64 : v == 2 ? 48 : 8;
+			form.warps = 0;
 			sweep_gate(&form, s, short_run ? 1 : tokens[i] == 64 ? 8 : 1);
+			form.warps = tokens[i] <= 4 && v == 2 ? 1 : tokens[i] <= 9 && v == 1 ? 4
+			             : tokens[i] <= 33 && v == 3 ? 8 : 16;
+			sweep_gate(&form, s, 1);
 		}
 }
 
@@ -395,7 +409,7 @@ static uint16_t *router_weights(void)
 }
 
 /* Router GEMM of a form, with its tokens' rows checked. */
-static void check_gemm(km_router_shape s, enum km_router_gemm gemm, bool pdl, km_router_check *check)
+static void check_gemm(km_router_shape s, const km_router_plan *form, bool pdl, km_router_check *check)
 {
 	size_t mark = mark_pieces(), weights = (size_t)s.experts * (size_t)s.hidden;
 	uint16_t *x = make_bf16((size_t)s.tokens * (size_t)s.hidden, 3, 1.0f);
@@ -409,7 +423,10 @@ static void check_gemm(km_router_shape s, enum km_router_gemm gemm, bool pdl, km
 	rig_open(&r, &s);
 	r.b.x = take_copy(x, (size_t)s.tokens * (size_t)s.hidden * 2);
 	r.b.w = s.weights_f32 ? take_copy(w32, weights * 4) : take_copy(w, weights * 2);
-	plan.gemm = gemm;
+	plan.gemm = form->gemm;
+	plan.split = form->split;
+	plan.split_tokens = form->split_tokens;
+	plan.split_experts = form->split_experts;
 	must(km_cuda_router_run(gpu, KM_PART_GEMM, &plan, &s, &r.b, &err));
 	must(km_cuda_download(gpu, r.logits, r.b.logits, (size_t)s.tokens * (size_t)s.experts * 4, &err));
 	if (km_router_check_logits(check, &s, x, s.weights_f32 ? (const void *)w32 : w, r.logits, 0,
@@ -424,6 +441,7 @@ static void check_gemm(km_router_shape s, enum km_router_gemm gemm, bool pdl, km
 static void test_gemm_resident(void **state)
 {
 	static const int experts[] = { 384, 256, 512, 160, 8 }, tokens[] = { 1, 5, 8, 9, 16, 17, 33, 64, 65, 130 };
+	const km_router_plan form = { .gemm = KM_GEMM_RESIDENT };
 	km_router_check check = { 0 };
 
 	(void)state;
@@ -433,13 +451,43 @@ static void test_gemm_resident(void **state)
 
 			s.experts = experts[e];
 			s.top_k = experts[e] < 8 ? 1 : 8;
-			check_gemm(s, KM_GEMM_RESIDENT, t % 2, &check);
+			check_gemm(s, &form, t % 2, &check);
 		}
 	printf("figure: resident GEMM: worst logit error %.1e of the products' sizes\n", check.worst_logit);
 }
 
+static void test_gemm_split(void **state)
+{
+	static const int experts[] = { 384, 256, 512, 160, 8 }, tokens[] = { 1, 16, 33, 64, 65, 130, 300 };
+	static const km_router_plan forms[] = {
+		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 64, .split_experts = 32 },
+		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 64, .split_experts = 48 },
+		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 64, .split_experts = 64 },
+		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 128, .split_experts = 64 },
+		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 128, .split_experts = 96 },
+	};
+	km_router_check check = { 0 };
+
+	(void)state;
+	if (km_cuda_info_of(gpu)->capability != 90) {
+		printf("skip: the split GEMM is for capability 9.0\n");
+		skip();
+	}
+	for (int f = 0; f < COUNT(forms); f++)
+		for (int e = 0; e < COUNT(experts); e++)
+			for (int t = 0; t < COUNT(tokens) && (!short_run || t == (f + e) % COUNT(tokens)); t++) {
+				km_router_shape s = k2_shape(tokens[t]);
+
+				s.experts = experts[e];
+				if (e == 0 || short_run || t == f)
+					check_gemm(s, &forms[f], t % 2, &check);
+			}
+	printf("figure: split GEMM: worst logit error %.1e of the products' sizes\n", check.worst_logit);
+}
+
 static void test_gemm_general(void **state)
 {
+	const km_router_plan form = { .gemm = KM_GEMM_GENERAL };
 	static const struct {
 		int tokens, experts, hidden;
 		bool f32;
@@ -455,13 +503,14 @@ static void test_gemm_general(void **state)
 		s.top_k = 1;
 		s.hidden = shapes[i].hidden;
 		s.weights_f32 = shapes[i].f32;
-		check_gemm(s, KM_GEMM_GENERAL, i % 2, &check);
+		check_gemm(s, &form, i % 2, &check);
 	}
 	printf("figure: general GEMM: worst logit error %.1e of the products' sizes\n", check.worst_logit);
 }
 
 static void test_gemm_blas(void **state)
 {
+	const km_router_plan form = { .gemm = KM_GEMM_BLAS };
 	km_router_check check = { 0 };
 
 	(void)state;
@@ -469,8 +518,8 @@ static void test_gemm_blas(void **state)
 		printf("skip: %s\n", short_run ? "cuBLASLt is not ours to check" : err.msg);
 		skip();
 	}
-	check_gemm(k2_shape(129), KM_GEMM_BLAS, true, &check);
-	check_gemm(k2_shape(1000), KM_GEMM_BLAS, false, &check);
+	check_gemm(k2_shape(129), &form, true, &check);
+	check_gemm(k2_shape(1000), &form, false, &check);
 	printf("figure: cuBLASLt: worst logit error %.1e of the products' sizes\n", check.worst_logit);
 }
 
@@ -479,9 +528,11 @@ static void test_align(void **state)
 {
 	static const struct {
 		int tokens, top_k, experts, block;
-	} shapes[] = { { 1, 8, 384, 8 }, { 2, 8, 384, 64 }, { 8, 8, 256, 16 }, { 9, 8, 384, 8 },
-		       { 64, 8, 384, 8 }, { 64, 8, 384, 128 }, { 64, 32, 1024, 16 }, { 65, 8, 384, 8 },
-		       { 1000, 8, 48, 48 }, { 4096, 8, 384, 64 }, { 777, 3, 1, 32 }, { 40000, 8, 384, 64 } };
+	} shapes[] = { { 1, 8, 384, 8 }, { 2, 8, 384, 64 }, { 4, 8, 384, 5 }, { 8, 8, 256, 16 },
+		       { 9, 8, 384, 8 }, { 64, 8, 384, 8 }, { 64, 8, 384, 128 }, { 64, 32, 1024, 16 },
+		       { 65, 8, 384, 8 }, { 100, 10, 512, 16 }, { 300, 8, 384, 8 }, { 260, 7, 384, 64 },
+		       { 1000, 8, 48, 48 }, { 513, 8, 700, 1 }, { 777, 3, 1, 32 }, { 4096, 8, 384, 64 },
+		       { 40000, 8, 384, 64 } };
 
 	(void)state;
 	for (int i = 0; i < COUNT(shapes) - (short_run ? 2 : 0); i++)
@@ -673,7 +724,8 @@ int main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_gate_onepass), cmocka_unit_test(test_gate_rounds),
 		cmocka_unit_test(test_gate_align), cmocka_unit_test(test_same_as_cpu_op),
-		cmocka_unit_test(test_gemm_resident), cmocka_unit_test(test_gemm_general),
+		cmocka_unit_test(test_gemm_resident), cmocka_unit_test(test_gemm_split),
+		cmocka_unit_test(test_gemm_general),
 		cmocka_unit_test(test_gemm_blas), cmocka_unit_test(test_align),
 		cmocka_unit_test(test_one_launch), cmocka_unit_test(test_graph_replay),
 		cmocka_unit_test(test_plan_limits),
