@@ -1,10 +1,10 @@
 /*
  * bench_model DIR: speed of a checkpoint on this machine's CPU.
  *
- * Decode: one sequence, greedy; bytes touched are the ops' own costs (each weight read once, the cache
- * once), shown as a share of the read bandwidth measured here with the same threads. Prefill: one chunk
- * of random tokens. All three are taken in every run and the best of each counts: on a shared machine a
- * bandwidth from another minute means nothing. --ops adds the time by op.
+ * Decode: one sequence, greedy; bytes touched are the ops' own costs (each weight read once, the
+ * cache once), shown as a share of the read bandwidth measured here with the same threads. Prefill:
+ * one chunk of random tokens. All three are taken in every run and the best of each counts: on a
+ * shared machine a bandwidth from another minute means nothing. --ops adds the time by op.
  */
 #include <math.h>
 #include <omp.h>
@@ -27,21 +27,51 @@ struct values {
 };
 
 static const km_option table[] = {
-	{ .kind = KM_OPT_INT, .names = "threads,t", .arg = "N", .offset = offsetof(struct values, threads),
-	  .help = "threads; 0: all", .max = 4096 },
-	{ .kind = KM_OPT_INT, .names = "prefill", .arg = "N", .offset = offsetof(struct values, prefill),
-	  .help = "prompt tokens (512)", .min = 1, .max = 65536 },
-	{ .kind = KM_OPT_INT, .names = "decode", .arg = "N", .offset = offsetof(struct values, decode),
-	  .help = "generated tokens a run (32)", .min = 1, .max = 65536 },
-	{ .kind = KM_OPT_INT, .names = "runs", .arg = "N", .offset = offsetof(struct values, runs),
-	  .help = "runs, of which the best counts (3)", .min = 1, .max = 1000 },
-	{ .kind = KM_OPT_STRING, .names = "isa", .arg = "NAME", .offset = offsetof(struct values, isa),
+	{ .kind = KM_OPT_INT,
+	  .names = "threads,t",
+	  .arg = "N",
+	  .offset = offsetof(struct values, threads),
+	  .help = "threads; 0: all",
+	  .max = 4096 },
+	{ .kind = KM_OPT_INT,
+	  .names = "prefill",
+	  .arg = "N",
+	  .offset = offsetof(struct values, prefill),
+	  .help = "prompt tokens (512)",
+	  .min = 1,
+	  .max = 65536 },
+	{ .kind = KM_OPT_INT,
+	  .names = "decode",
+	  .arg = "N",
+	  .offset = offsetof(struct values, decode),
+	  .help = "generated tokens a run (32)",
+	  .min = 1,
+	  .max = 65536 },
+	{ .kind = KM_OPT_INT,
+	  .names = "runs",
+	  .arg = "N",
+	  .offset = offsetof(struct values, runs),
+	  .help = "runs, of which the best counts (3)",
+	  .min = 1,
+	  .max = 1000 },
+	{ .kind = KM_OPT_STRING,
+	  .names = "isa",
+	  .arg = "NAME",
+	  .offset = offsetof(struct values, isa),
 	  .help = "kernels (the best)" },
-	{ .kind = KM_OPT_CHOICE, .names = "kv", .arg = "TYPE", .offset = offsetof(struct values, kv),
-	  .choices = "f32|bf16|fp8", .help = "KV cache (bf16)" },
-	{ .kind = KM_OPT_FLAG, .names = "ops", .offset = offsetof(struct values, ops),
+	{ .kind = KM_OPT_CHOICE,
+	  .names = "kv",
+	  .arg = "TYPE",
+	  .offset = offsetof(struct values, kv),
+	  .choices = "f32|bf16|fp8",
+	  .help = "KV cache (bf16)" },
+	{ .kind = KM_OPT_FLAG,
+	  .names = "ops",
+	  .offset = offsetof(struct values, ops),
 	  .help = "time by op" },
-	{ .kind = KM_OPT_FLAG, .names = "explain", .offset = offsetof(struct values, explain),
+	{ .kind = KM_OPT_FLAG,
+	  .names = "explain",
+	  .offset = offsetof(struct values, explain),
 	  .help = "kernel choices" },
 };
 
@@ -85,10 +115,19 @@ static const float *step(struct run *r, int rows, bool decode)
 	int32_t start[] = { 0, rows }, len = r->done + rows, last = rows - 1;
 	const float *logits = NULL;
 	km_batch batch = {
-		.tokens = rows, .seqs = 1, .decode_seqs = decode, .ids = r->ids + r->done,
-		.positions = r->positions + r->done, .slots = r->positions + r->done, .seq_start = start,
-		.kv_len = &len, .pages = r->pages, .pages_per_seq = 65536 * 2 / PAGE, .page_size = PAGE,
-		.logit_row = &last, .logit_rows = 1,
+		.tokens = rows,
+		.seqs = 1,
+		.decode_seqs = decode,
+		.ids = r->ids + r->done,
+		.positions = r->positions + r->done,
+		.slots = r->positions + r->done,
+		.seq_start = start,
+		.kv_len = &len,
+		.pages = r->pages,
+		.pages_per_seq = 65536 * 2 / PAGE,
+		.page_size = PAGE,
+		.logit_row = &last,
+		.logit_rows = 1,
 	};
 	km_err err;
 
@@ -127,7 +166,8 @@ static void finish(struct speed *best, const km_model_trace *trace, double secon
 }
 
 /* Returns the read bandwidth. */
-static double measure(struct run *r, const struct values *v, struct speed *prefill, struct speed *decode)
+static double measure(struct run *r, const struct values *v, struct speed *prefill,
+                      struct speed *decode)
 {
 	int vocab = km_model_config(r->model)->vocab_size;
 	int threads = v->threads ? (int)v->threads : omp_get_num_procs();
@@ -140,7 +180,8 @@ static double measure(struct run *r, const struct values *v, struct speed *prefi
 
 		r->done = 0;
 		for (int i = 0; i < v->prefill; i++)
-			r->ids[i] = (int32_t)(km_rng_u64((uint64_t)n, (uint64_t)i) % (uint64_t)vocab);
+			r->ids[i] =
+				(int32_t)(km_rng_u64((uint64_t)n, (uint64_t)i) % (uint64_t)vocab);
 		km_model_set_trace(r->model, &trace);
 		start = km_now_s();
 		logits = step(r, (int)v->prefill, false);
@@ -161,15 +202,16 @@ static double measure(struct run *r, const struct values *v, struct speed *prefi
 
 static void show_ops(const char *what, const struct speed *s, double tokens)
 {
-	printf("%s, by op:\n%-12s %9s %7s %9s %9s %9s\n", what, "op", "us/token", "share", "calls", "GB/s",
-	       "GFLOP/s");
+	printf("%s, by op:\n%-12s %9s %7s %9s %9s %9s\n", what, "op", "us/token", "share", "calls",
+	       "GB/s", "GFLOP/s");
 	for (int i = 0; i < KM_OP_COUNT; i++) {
 		const struct km_op_total *t = &s->trace.op[i];
 
 		if (t->calls)
 			printf("%-12s %9.1f %6.1f%% %9lld %9.2f %9.2f\n", km_op_name((enum km_op)i),
 			       (double)t->ns * 1e-3 / tokens, (double)t->ns * 1e-7 / s->seconds,
-			       (long long)t->calls, t->bytes / (double)t->ns, t->flops / (double)t->ns);
+			       (long long)t->calls, t->bytes / (double)t->ns,
+			       t->flops / (double)t->ns);
 	}
 }
 
@@ -180,11 +222,13 @@ static void show(const struct values *v, double bandwidth, const struct speed *p
 	double rate = decode->bytes * 1e-9 / decode->seconds;
 
 	printf("figure: read bandwidth %.1f GB/s\n", bandwidth);
-	printf("figure: decode %.2f tokens/s at context %lld: %.1f MB a token, %.1f GB/s, %.0f%% of bandwidth\n",
+	printf("figure: decode %.2f tokens/s at context %lld: %.1f MB a token, %.1f GB/s, %.0f%% "
+	       "of bandwidth\n",
 	       d / decode->seconds, (long long)v->prefill, decode->bytes * 1e-6 / d, rate,
 	       100 * rate / bandwidth);
 	printf("figure: prefill of %lld tokens %.2f tokens/s, %.1f GFLOP/s, %.1f times decode\n",
-	       (long long)v->prefill, p / prefill->seconds, prefill->flops * 1e-9 / prefill->seconds,
+	       (long long)v->prefill, p / prefill->seconds,
+	       prefill->flops * 1e-9 / prefill->seconds,
 	       p / prefill->seconds / (d / decode->seconds));
 	if (v->ops) {
 		show_ops("prefill", prefill, p);
@@ -194,11 +238,18 @@ static void show(const struct values *v, double bandwidth, const struct speed *p
 
 static int open_model(struct run *r, const char *dir, const struct values *v, km_err *err)
 {
-	enum km_kv_dtype kv = !strcmp(v->kv, "f32") ? KM_KV_F32 : !strcmp(v->kv, "fp8") ? KM_KV_FP8 : KM_KV_BF16;
+	enum km_kv_dtype kv = !strcmp(v->kv, "f32")   ? KM_KV_F32
+	                      : !strcmp(v->kv, "fp8") ? KM_KV_FP8
+	                                              : KM_KV_BF16;
 	int context = (int)((v->prefill + v->decode + PAGE - 1) / PAGE * PAGE);
 	km_model_options options = {
-		.max_batch_tokens = (int)v->prefill, .max_seqs = 1, .max_logit_rows = 1,
-		.max_context = context, .kv_slots = context, .kv_dtype = kv, .threads = (int)v->threads,
+		.max_batch_tokens = (int)v->prefill,
+		.max_seqs = 1,
+		.max_logit_rows = 1,
+		.max_context = context,
+		.kv_slots = context,
+		.kv_dtype = kv,
+		.threads = (int)v->threads,
 		.isa = v->isa,
 	};
 
@@ -223,7 +274,8 @@ int main(int argc, char **argv)
 	if (rc == KM_OPTION_DONE)
 		return 0;
 	if (rc < 0 || operands != 1) {
-		fprintf(stderr, "bench_model: %s\n", rc < 0 ? err.msg : "one checkpoint folder is wanted");
+		fprintf(stderr, "bench_model: %s\n",
+		        rc < 0 ? err.msg : "one checkpoint folder is wanted");
 		return 2;
 	}
 	if (open_model(&r, argv[1], &v, &err) < 0) {

@@ -3,9 +3,9 @@
  *
  *   bench_parser            the parser alone (text, calls, tokens) and the JSONL filter, in memory
  *
- * Each figure is the best of five rounds, in CPU time, over a synthetic log. The log's text has newlines and quotes to
- * escape about every 40 bytes, as prose with code has; "wide" is Chinese. Delta cost is per event of a
- * stream of 4-byte tokens, with the JSON of the delta written.
+ * Each figure is the best of five rounds, in CPU time, over a synthetic log. The log's text has
+ * newlines and quotes to escape about every 40 bytes, as prose with code has; "wide" is Chinese.
+ * Delta cost is per event of a stream of 4-byte tokens, with the JSON of the delta written.
  */
 #include <fcntl.h>
 #include <stdio.h>
@@ -23,15 +23,19 @@
 
 enum { TOTAL = 64 << 20, ROUNDS = 5 };
 
-static const char prose[] = "The quick brown fox jumps over the lazy dog. Here is \"quoted\" text, and code:\n"
-                            "\tif (a < b) return a->x;\n";
-static const char wide[] = "\u6708\u4e4b\u6697\u9762\u662f\u4e00\u5bb6\u516c\u53f8\uff0c\u5b83\u7684\u6a21"
-                           "\u578b\u53eb\u505a Kimi\u3002\n";
-static const char call[] = "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
-                           "<|tool_call_argument_begin|>{\"city\": \"Paris\", \"days\": 3, \"note\": \"a \\\"b\\\" c\"}"
-                           "<|tool_call_end|><|tool_call_begin|>functions.search:1<|tool_call_argument_begin|>"
-                           "{\"query\": \"weather in Paris this weekend\", \"limit\": 10}<|tool_call_end|>"
-                           "<|tool_calls_section_end|>";
+static const char prose[] =
+	"The quick brown fox jumps over the lazy dog. Here is \"quoted\" text, and code:\n"
+	"\tif (a < b) return a->x;\n";
+static const char wide[] =
+	"\u6708\u4e4b\u6697\u9762\u662f\u4e00\u5bb6\u516c\u53f8\uff0c\u5b83\u7684\u6a21"
+	"\u578b\u53eb\u505a Kimi\u3002\n";
+static const char call[] =
+	"<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+	"<|tool_call_argument_begin|>{\"city\": \"Paris\", \"days\": 3, \"note\": \"a \\\"b\\\" "
+        "c\"}"
+	"<|tool_call_end|><|tool_call_begin|>functions.search:1<|tool_call_argument_begin|>"
+	"{\"query\": \"weather in Paris this weekend\", \"limit\": 10}<|tool_call_end|>"
+	"<|tool_calls_section_end|>";
 
 /* Of this process: what other processes do to the clock on the wall is left out. */
 static double cpu_seconds(void)
@@ -61,12 +65,15 @@ static void bench_parser(const char *what, const char *unit, size_t piece)
 	while (text.len < TOTAL)
 		km_buf_puts(&text, unit);
 	for (int round = 0; round < ROUNDS; round++) {
-		km_parser_options options = { .tools = true, .reasoning = true, .on_event = count_event, .ctx = &out };
+		km_parser_options options = {
+			.tools = true, .reasoning = true, .on_event = count_event, .ctx = &out
+		};
 		km_parser *parser = km_parser_new(&options);
 		double start = cpu_seconds();
 
 		for (size_t at = 0; at < text.len; at += piece)
-			km_parser_bytes(parser, text.data + at, text.len - at < piece ? text.len - at : piece);
+			km_parser_bytes(parser, text.data + at,
+			                text.len - at < piece ? text.len - at : piece);
 		km_parser_finish(parser);
 		km_parser_free(parser);
 		if (cpu_seconds() - start < best)
@@ -113,8 +120,12 @@ static void bench_lines(const char *what, const char *unit, int repeat, const ch
 	double best = 1e9;
 
 	for (int round = 0; round < ROUNDS && fd >= 0; round++) {
-		km_parse_filter filter = { .in = fd, .out = open("/dev/null", O_WRONLY), .max_bytes = 128 << 20,
-		                           .defaults = { { .tools = true, .reasoning = true }, "stop", NULL } };
+		km_parse_filter filter = {
+			.in = fd,
+			.out = open("/dev/null", O_WRONLY),
+			.max_bytes = 128 << 20,
+			.defaults = { { .tools = true, .reasoning = true }, "stop", NULL }
+		};
 		double start = cpu_seconds();
 		km_err err;
 
@@ -146,7 +157,9 @@ static void write_delta(void *ctx, const km_parser_event *event)
 static void bench_deltas(const char *what, const char *unit)
 {
 	struct deltas d = { KM_BUF_INIT, 0 };
-	km_parser_options options = { .tools = true, .reasoning = true, .on_event = write_delta, .ctx = &d };
+	km_parser_options options = {
+		.tools = true, .reasoning = true, .on_event = write_delta, .ctx = &d
+	};
 	double best = 1e9;
 
 	for (int round = 0; round < ROUNDS; round++) {

@@ -477,7 +477,8 @@ static void ids_go_on_from_the_history(void **state)
 static void usage_can_come_with_every_chunk(void **state)
 {
 	struct run run = { .f = *state, .output = "abc", .finish = KM_FINISH_LENGTH };
-	char *body = chat_body(",\"stream\":true,\"stream_options\":{\"continuous_usage_stats\":true}");
+	char *body =
+		chat_body(",\"stream\":true,\"stream_options\":{\"continuous_usage_stats\":true}");
 	km_buf out = KM_BUF_INIT;
 	int chunks = 0, usages = 0;
 

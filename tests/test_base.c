@@ -110,7 +110,8 @@ static void utf8_replaces_maximal_subparts(void **state)
 	assert_true(km_utf8_valid("h\u00e9\u4e16\U0001F600", 10, NULL));
 	assert_int_equal(km_utf8_tail("x\xF0\x9F\x98", 4), 3);
 	assert_int_equal(km_utf8_tail("x\xF0\x9F\x98\x80", 5), 0);
-	assert_int_equal(km_utf8_tail("\xED\xA0", 2), 0); /* a surrogate is not a prefix of anything */
+	/* a surrogate is not a prefix of anything */
+	assert_int_equal(km_utf8_tail("\xED\xA0", 2), 0);
 	km_buf_release(&out);
 }
 
@@ -137,7 +138,8 @@ static void check_width(const char *bytes, size_t n)
 	bool whole = km_utf8_decode(bytes, n, &len) < KM_UTF8_MORE;
 
 	if (km_utf8_width(bytes, n) != (whole ? len : 0))
-		fail_msg("width of %02x %02x %02x %02x", bytes[0] & 255, bytes[1] & 255, bytes[2] & 255, bytes[3] & 255);
+		fail_msg("width of %02x %02x %02x %02x", bytes[0] & 255, bytes[1] & 255,
+		         bytes[2] & 255, bytes[3] & 255);
 }
 
 /* Every three bytes, and every four that a lead of four begins, in steps; cut everywhere. */
@@ -168,12 +170,28 @@ struct values {
 
 static const km_option table[] = {
 	{ .kind = KM_OPT_FLAG, .names = "flag,f", .offset = offsetof(struct values, flag) },
-	{ .kind = KM_OPT_INT, .names = "number,num", .arg = "N", .offset = offsetof(struct values, number),
-	  .min = 1, .max = 10 },
-	{ .kind = KM_OPT_BYTES, .names = "bytes", .arg = "B", .offset = offsetof(struct values, bytes) },
-	{ .kind = KM_OPT_NUMBER, .names = "ratio", .arg = "R", .offset = offsetof(struct values, ratio) },
-	{ .kind = KM_OPT_STRING, .names = "name", .arg = "S", .offset = offsetof(struct values, name) },
-	{ .kind = KM_OPT_CHOICE, .names = "mode", .arg = "M", .offset = offsetof(struct values, mode),
+	{ .kind = KM_OPT_INT,
+	  .names = "number,num",
+	  .arg = "N",
+	  .offset = offsetof(struct values, number),
+	  .min = 1,
+	  .max = 10 },
+	{ .kind = KM_OPT_BYTES,
+	  .names = "bytes",
+	  .arg = "B",
+	  .offset = offsetof(struct values, bytes) },
+	{ .kind = KM_OPT_NUMBER,
+	  .names = "ratio",
+	  .arg = "R",
+	  .offset = offsetof(struct values, ratio) },
+	{ .kind = KM_OPT_STRING,
+	  .names = "name",
+	  .arg = "S",
+	  .offset = offsetof(struct values, name) },
+	{ .kind = KM_OPT_CHOICE,
+	  .names = "mode",
+	  .arg = "M",
+	  .offset = offsetof(struct values, mode),
 	  .choices = "auto|fast" },
 	{ .kind = KM_OPT_REFUSED, .names = "magic", .arg = "X", .help = "magic is not built" },
 };

@@ -70,8 +70,12 @@ static void the_published_configs_are_read(void **state)
 	assert_false(km_config_is_moe_layer(&c, 2));
 	km_config_release(&c);
 	for (size_t i = 0; i < 7; i++) {
-		static const char *const others[] = { "kimi-k2-instruct-0905", "kimi-k2-thinking", "tiny-k2",
-			                              "tiny-k2-thinking", "tiny-k25", "tiny-deepseek-v3",
+		static const char *const others[] = { "kimi-k2-instruct-0905",
+			                              "kimi-k2-thinking",
+			                              "tiny-k2",
+			                              "tiny-k2-thinking",
+			                              "tiny-k25",
+			                              "tiny-deepseek-v3",
 			                              "mini" };
 
 		load(&c, others[i]);
@@ -125,58 +129,74 @@ static void what_is_wrong_or_unsupported_is_named(void **state)
 		{ "kimi-k2-instruct", "{\"hidden_size\":\"<remove>\"}", KM_EFORMAT,
 		  "config.json: hidden_size: this field is missing" },
 		{ "kimi-k2-instruct", "{\"hidden_size\":7168.0}", KM_EFORMAT,
-		  "config.json: hidden_size: an integer is expected, this is a number with a fraction" },
+		  "config.json: hidden_size: an integer is expected, this is a number with a "
+		  "fraction" },
 		{ "kimi-k2-instruct", "{\"hidden_size\":0}", KM_EFORMAT,
 		  "config.json: hidden_size: a value from 1 to 1048576 is expected, this is 0" },
 		{ "kimi-k2-instruct", "{\"hidden_act\":\"gelu\"}", KM_EUNSUPPORTED,
 		  "config.json: hidden_act: only \"silu\" is supported, not \"gelu\"" },
-		{ "kimi-k2-instruct", "{\"model_type\":\"llama\"}", KM_EUNSUPPORTED, "model_type: \"llama\"" },
+		{ "kimi-k2-instruct", "{\"model_type\":\"llama\"}", KM_EUNSUPPORTED,
+		  "model_type: \"llama\"" },
 		{ "kimi-k2-instruct", "{\"architectures\":[\"X\"]}", KM_EUNSUPPORTED, "not as X" },
-		{ "kimi-k2-instruct", "{\"attention_bias\":true}", KM_EUNSUPPORTED, "attention_bias" },
-		{ "kimi-k2-instruct", "{\"rope_interleave\":false}", KM_EUNSUPPORTED, "rope_interleave" },
+		{ "kimi-k2-instruct", "{\"attention_bias\":true}", KM_EUNSUPPORTED,
+		  "attention_bias" },
+		{ "kimi-k2-instruct", "{\"rope_interleave\":false}", KM_EUNSUPPORTED,
+		  "rope_interleave" },
 		{ "kimi-k2-instruct", "{\"rope_scaling\":{\"type\":\"linear\"}}", KM_EUNSUPPORTED,
 		  "config.json: rope_scaling.type: rope type \"linear\" is not supported" },
 		{ "kimi-k2-instruct", "{\"rope_scaling\":{\"factor\":\"<remove>\"}}", KM_EFORMAT,
 		  "rope_scaling.factor: this field is missing" },
-		{ "kimi-k2-instruct", "{\"topk_method\":\"group_limited_greedy\"}", KM_EUNSUPPORTED, "topk_method" },
-		{ "kimi-k2-instruct", "{\"scoring_func\":\"tanh\"}", KM_EUNSUPPORTED, "scoring_func" },
+		{ "kimi-k2-instruct", "{\"topk_method\":\"group_limited_greedy\"}", KM_EUNSUPPORTED,
+		  "topk_method" },
+		{ "kimi-k2-instruct", "{\"scoring_func\":\"tanh\"}", KM_EUNSUPPORTED,
+		  "scoring_func" },
 		{ "kimi-k2-instruct", "{\"num_hidden_layers\":4096}", KM_ELIMIT,
 		  "384 experts in 4096 layers are more than the 1048576 supported" },
-		{ "kimi-k2-instruct", "{\"num_experts_per_tok\":385}", KM_EFORMAT, "num_experts_per_tok" },
-		{ "deepseek-v3", "{\"n_group\":7}", KM_EFORMAT, "256 experts cannot be split in 7 groups" },
+		{ "kimi-k2-instruct", "{\"num_experts_per_tok\":385}", KM_EFORMAT,
+		  "num_experts_per_tok" },
+		{ "deepseek-v3", "{\"n_group\":7}", KM_EFORMAT,
+		  "256 experts cannot be split in 7 groups" },
 		{ "deepseek-v3", "{\"n_group\":128,\"topk_group\":3}", KM_EFORMAT,
 		  "8 experts cannot come from 3 of 128 groups" },
-		{ "kimi-k2-instruct", "{\"torch_dtype\":\"int8\"}", KM_EUNSUPPORTED, "torch_dtype" },
-		{ "kimi-k2-instruct", "{\"eos_token_id\":[1,2,3,4,5,6,7,8,9]}", KM_ELIMIT, "eos_token_id" },
+		{ "kimi-k2-instruct", "{\"torch_dtype\":\"int8\"}", KM_EUNSUPPORTED,
+		  "torch_dtype" },
+		{ "kimi-k2-instruct", "{\"eos_token_id\":[1,2,3,4,5,6,7,8,9]}", KM_ELIMIT,
+		  "eos_token_id" },
 		{ "kimi-k2-instruct", "{\"eos_token_id\":\"</s>\"}", KM_EFORMAT, "eos_token_id" },
 		{ "kimi-k2.5", "{\"text_config\":\"<remove>\"}", KM_EFORMAT,
 		  "config.json: text_config: this field is missing" },
-		{ "kimi-k2.5", "{\"text_config\":{\"kv_lora_rank\":\"<remove>\"},\"kv_lora_rank\":512}", KM_EFORMAT,
-		  "config.json: text_config.kv_lora_rank: this field is missing" },
+		{ "kimi-k2.5",
+		  "{\"text_config\":{\"kv_lora_rank\":\"<remove>\"},\"kv_lora_rank\":512}",
+		  KM_EFORMAT, "config.json: text_config.kv_lora_rank: this field is missing" },
 		{ "kimi-k2.5", "{\"text_config\":{\"model_type\":\"llama\"}}", KM_EUNSUPPORTED,
 		  "text_config.model_type" },
 		{ "kimi-k2.5", "{\"vision_config\":{\"text_hidden_size\":4096}}", KM_EFORMAT,
 		  "vision_config.text_hidden_size" },
-		{ "kimi-k2.5", "{\"vision_config\":{\"mm_projector_type\":\"mlp\"}}", KM_EUNSUPPORTED,
-		  "mm_projector_type" },
-		{ "kimi-k2-instruct", "{\"quantization_config\":{\"weight_block_size\":null}}", KM_EUNSUPPORTED,
-		  "one scale per tensor" },
-		{ "kimi-k2-instruct", "{\"quantization_config\":{\"activation_scheme\":\"static\"}}",
-		  KM_EUNSUPPORTED, "quantization_config.activation_scheme" },
-		{ "kimi-k2-instruct", "{\"quantization_config\":{\"fmt\":\"e5m2\"}}", KM_EUNSUPPORTED, "fmt" },
-		{ "kimi-k2-instruct", "{\"quantization_config\":{\"quant_method\":\"gptq\"}}", KM_EUNSUPPORTED,
-		  "\"gptq\" is not supported" },
-		{ "kimi-k2-instruct", "{\"quantization_config\":{\"quant_method\":\"quark\"}}", KM_EUNSUPPORTED,
-		  "MXFP4" },
+		{ "kimi-k2.5", "{\"vision_config\":{\"mm_projector_type\":\"mlp\"}}",
+		  KM_EUNSUPPORTED, "mm_projector_type" },
+		{ "kimi-k2-instruct", "{\"quantization_config\":{\"weight_block_size\":null}}",
+		  KM_EUNSUPPORTED, "one scale per tensor" },
+		{ "kimi-k2-instruct",
+		  "{\"quantization_config\":{\"activation_scheme\":\"static\"}}", KM_EUNSUPPORTED,
+		  "quantization_config.activation_scheme" },
+		{ "kimi-k2-instruct", "{\"quantization_config\":{\"fmt\":\"e5m2\"}}",
+		  KM_EUNSUPPORTED, "fmt" },
+		{ "kimi-k2-instruct", "{\"quantization_config\":{\"quant_method\":\"gptq\"}}",
+		  KM_EUNSUPPORTED, "\"gptq\" is not supported" },
+		{ "kimi-k2-instruct", "{\"quantization_config\":{\"quant_method\":\"quark\"}}",
+		  KM_EUNSUPPORTED, "MXFP4" },
 		{ "kimi-k2.5",
-		  "{\"quantization_config\":{\"quant_method\":\"modelopt\",\"quant_algo\":\"NVFP4\"}}",
+		  "{\"quantization_config\":{\"quant_method\":\"modelopt\",\"quant_algo\":"
+		  "\"NVFP4\"}}",
 		  KM_EUNSUPPORTED, "ModelOpt's NVFP4 quantisation is not supported" },
-		{ "kimi-k2-thinking", "{\"quantization_config\":{\"format\":\"nvfp4-pack-quantized\"}}",
+		{ "kimi-k2-thinking",
+		  "{\"quantization_config\":{\"format\":\"nvfp4-pack-quantized\"}}",
 		  KM_EUNSUPPORTED, "nvfp4-pack-quantized" },
-		{ "kimi-k2-thinking", "{\"quantization_config\":{\"kv_cache_scheme\":{\"num_bits\":8}}}",
+		{ "kimi-k2-thinking",
+		  "{\"quantization_config\":{\"kv_cache_scheme\":{\"num_bits\":8}}}",
 		  KM_EUNSUPPORTED, "kv_cache_scheme" },
-		{ "kimi-k2-thinking", "{\"quantization_config\":{\"config_groups\":{\"g2\":{}}}}", KM_EUNSUPPORTED,
-		  "exactly one group is supported, there are 2" },
+		{ "kimi-k2-thinking", "{\"quantization_config\":{\"config_groups\":{\"g2\":{}}}}",
+		  KM_EUNSUPPORTED, "exactly one group is supported, there are 2" },
 		{ "kimi-k2-thinking", "{\"quantization_config\":{\"ignore\":[1]}}", KM_EFORMAT,
 		  "quantization_config.ignore: entry 0 is not a string" },
 	};
@@ -208,17 +228,22 @@ static void packed_weights_other_than_ours_are_named(void **state)
 
 	(void)state;
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-		char *edit = km_xasprintf("{\"quantization_config\":{\"config_groups\":{\"group_0\":"
-		                          "{\"weights\":{%s}}}}}", cases[i][0]);
+		char *edit =
+			km_xasprintf("{\"quantization_config\":{\"config_groups\":{\"group_0\":"
+		                     "{\"weights\":{%s}}}}}",
+		                     cases[i][0]);
 
 		assert_int_equal(parse_edited(&c, "kimi-k2-thinking", edit, &err), KM_EUNSUPPORTED);
 		assert_non_null(strstr(err.msg, cases[i][1]));
 		free(edit);
 	}
-	assert_int_equal(parse_edited(&c, "kimi-k2-thinking",
-	                              "{\"quantization_config\":{\"config_groups\":{\"group_0\":{\"weights\":"
-	                              "{\"strategy\":\"channel\",\"group_size\":null}}}}}",
-	                              &err), 0);
+	assert_int_equal(
+		parse_edited(
+			&c, "kimi-k2-thinking",
+			"{\"quantization_config\":{\"config_groups\":{\"group_0\":{\"weights\":"
+			"{\"strategy\":\"channel\",\"group_size\":null}}}}}",
+			&err),
+		0);
 	assert_int_equal(c.quant.group_size, 0);
 	km_config_release(&c);
 }
@@ -244,26 +269,33 @@ static void other_spellings_mean_the_same(void **state)
 	km_err err;
 
 	(void)state;
-	assert_int_equal(parse_edited(&c, "kimi-k2-instruct",
-	                              "{\"rope_scaling\":\"<remove>\",\"rope_theta\":\"<remove>\","
-	                              "\"rope_parameters\":{\"rope_type\":\"yarn\",\"rope_theta\":10000.0,"
-	                              "\"factor\":40,\"original_max_position_embeddings\":4096},"
-	                              "\"q_lora_rank\":null,\"eos_token_id\":[7,8,7]}",
-	                              &err), 0);
-	assert_true(c.rope.yarn && c.rope.theta == 10000 && c.rope.beta_fast == 32 && c.rope.mscale_all_dim == 0);
+	assert_int_equal(
+		parse_edited(&c, "kimi-k2-instruct",
+	                     "{\"rope_scaling\":\"<remove>\",\"rope_theta\":\"<remove>\","
+	                     "\"rope_parameters\":{\"rope_type\":\"yarn\",\"rope_theta\":10000.0,"
+	                     "\"factor\":40,\"original_max_position_embeddings\":4096},"
+	                     "\"q_lora_rank\":null,\"eos_token_id\":[7,8,7]}",
+	                     &err),
+		0);
+	assert_true(c.rope.yarn && c.rope.theta == 10000 && c.rope.beta_fast == 32 &&
+	            c.rope.mscale_all_dim == 0);
 	assert_int_equal(c.q_lora_rank, 0);
 	assert_int_equal(c.eos_count, 2);
 	assert_true(fabs(km_config_softmax_scale(&c) - 1 / sqrt(192)) < 1e-12);
 	km_config_release(&c);
-	assert_int_equal(parse_edited(&c, "kimi-k2-instruct", "{\"rope_scaling\":null,\"n_routed_experts\":null}",
-	                              &err), 0);
+	assert_int_equal(parse_edited(&c, "kimi-k2-instruct",
+	                              "{\"rope_scaling\":null,\"n_routed_experts\":null}", &err),
+	                 0);
 	assert_false(c.rope.yarn);
 	assert_false(km_config_is_moe_layer(&c, 5));
 	km_config_release(&c);
-	assert_int_equal(parse_edited(&c, "kimi-k2.5",
-	                              "{\"vision_config\":{\"vt_hidden_size\":\"<remove>\",\"hidden_size\":640,"
-	                              "\"merge_kernel_size\":2}}",
-	                              &err), 0);
+	assert_int_equal(
+		parse_edited(
+			&c, "kimi-k2.5",
+			"{\"vision_config\":{\"vt_hidden_size\":\"<remove>\",\"hidden_size\":640,"
+			"\"merge_kernel_size\":2}}",
+			&err),
+		0);
 	assert_int_equal(c.vision.hidden_size, 640);
 	assert_int_equal(c.vision.merge_kernel_width, 2);
 	km_config_release(&c);
@@ -302,7 +334,8 @@ static void a_folder_adds_its_other_files(void **state)
 	free(text);
 	save(dir, "generation_config.json", "{\"eos_token_id\": [1026]}");
 	save(dir, "hf_quant_config.json", "{\"quantization\":{\"quant_algo\":\"NVFP4\"}}");
-	assert_int_equal(km_config_load(&c, dir, &err), 0); /* a block in config.json hides the other file */
+	/* a block in config.json hides the other file */
+	assert_int_equal(km_config_load(&c, dir, &err), 0);
 	assert_int_equal(c.eos_count, 2);
 	assert_int_equal(c.eos[0], 1025);
 	assert_int_equal(c.eos[1], 1026);
@@ -322,14 +355,18 @@ static void a_folder_adds_its_other_files(void **state)
 
 static void broken_json_is_one_sentence(void **state)
 {
-	static const char *const texts[] = { "", "{", "[]", "{} x", "{\"a\":1,\"a\":2}", "{\"a\":\"\\u0000\"}", "nul" };
+	static const char *const texts[] = {
+		"", "{", "[]", "{} x", "{\"a\":1,\"a\":2}", "{\"a\":\"\\u0000\"}", "nul"
+	};
 	km_config c;
 
 	(void)state;
 	for (size_t i = 0; i < sizeof(texts) / sizeof(*texts); i++) {
 		km_err err = { 0 };
 
-		assert_int_equal(km_config_parse(&c, texts[i], strlen(texts[i]), "config.json", &err), KM_EFORMAT);
+		assert_int_equal(
+			km_config_parse(&c, texts[i], strlen(texts[i]), "config.json", &err),
+			KM_EFORMAT);
 		assert_true(!strncmp(err.msg, "config.json: ", 13));
 	}
 }

@@ -1,4 +1,5 @@
-/* model/synthesize: whole checkpoints that open, the same bytes every time, nothing left after a stop. */
+/* model/synthesize: whole checkpoints that open, the same bytes every time, nothing left after a
+ * stop. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -57,15 +58,22 @@ static double rms_of_row(const km_weight *w, int row)
 		double x;
 
 		if (w->type == KM_W_INT4) {
-			uint32_t word = ((const uint32_t *)w->data)[(size_t)row * (size_t)(w->cols / 8) + (size_t)(c / 8)];
-			uint16_t scale = ((const uint16_t *)w->scale)[row * (w->cols / w->group) + c / w->group];
+			uint32_t word =
+				((const uint32_t *)w->data)[(size_t)row * (size_t)(w->cols / 8) +
+			                                    (size_t)(c / 8)];
+			uint16_t scale =
+				((const uint16_t *)
+			                 w->scale)[row * (w->cols / w->group) + c / w->group];
 
 			x = ((int)(word >> 4 * (c % 8) & 15) - 8) * (double)km_bf16_to_f32(scale);
 		} else if (w->type == KM_W_FP8) {
 			int blocks = (w->cols + w->block_cols - 1) / w->block_cols;
-			float scale = ((const float *)w->scale)[row / w->block_rows * blocks + c / w->block_cols];
+			float scale =
+				((const float *)w
+			                 ->scale)[row / w->block_rows * blocks + c / w->block_cols];
 
-			x = km_f8_e4m3_to_f32(((const uint8_t *)w->data)[row * w->cols + c]) * (double)scale;
+			x = km_f8_e4m3_to_f32(((const uint8_t *)w->data)[row * w->cols + c]) *
+			    (double)scale;
 		} else {
 			x = km_bf16_to_f32(((const uint16_t *)w->data)[row * w->cols + c]);
 		}
@@ -76,7 +84,8 @@ static double rms_of_row(const km_weight *w, int row)
 
 static void every_tiny_config_makes_a_checkpoint(void **state)
 {
-	static const char *const names[] = { "tiny-k2", "tiny-k2-thinking", "tiny-k25", "tiny-deepseek-v3" };
+	static const char *const names[] = { "tiny-k2", "tiny-k2-thinking", "tiny-k25",
+		                             "tiny-deepseek-v3" };
 
 	(void)state;
 	for (int i = 0; i < 4; i++) {
@@ -92,10 +101,12 @@ static void every_tiny_config_makes_a_checkpoint(void **state)
 			fail_msg("%s: %s", names[i], err.msg);
 		assert_int_equal(result.bytes, w.text_bytes + w.expert_bytes + w.vision_bytes);
 		assert_int_equal(c.eos_count, 2);
-		/* deviations of 1/sqrt(inputs) and, into the residual stream, of 1/sqrt(2 layers) times that */
+		/* deviations of 1/sqrt(inputs) and, into the residual stream, of 1/sqrt(2 layers)
+		 * times that */
 		assert_true(fabs(rms_of_row(&w.layer[2].expert_up[7], 9) * 16 - 1) < 0.3);
 		assert_true(fabs(rms_of_row(&w.layer[2].q_a, 3) * 16 - 1) < 0.3);
-		assert_true(fabs(rms_of_row(&w.layer[2].expert_down[7], 9) * 8 * sqrt(8) - 1) < 0.5);
+		assert_true(fabs(rms_of_row(&w.layer[2].expert_down[7], 9) * 8 * sqrt(8) - 1) <
+		            0.5);
 		assert_true(fabs(rms_of_row(&w.embed, 9) - 1) < 0.2);
 		assert_true(fabs(w.norm[5] - 1) < 0.3);
 		km_weights_close(&w);
@@ -136,7 +147,8 @@ static void shards_and_layers_are_as_asked(void **state)
 	km_err err;
 
 	(void)state;
-	make(dir, "tiny-k25", (km_synth_options){ .seed = 7, .layers = 2, .shard_bytes = 1 << 20 }, &result);
+	make(dir, "tiny-k25", (km_synth_options){ .seed = 7, .layers = 2, .shard_bytes = 1 << 20 },
+	     &result);
 	assert_true(result.shards > 2);
 	assert_int_equal(km_config_load(&c, dir, &err), 0);
 	assert_int_equal(c.num_hidden_layers, 2);
@@ -148,7 +160,8 @@ static void shards_and_layers_are_as_asked(void **state)
 	assert_int_equal(km_config_load(&c, whole, &err), 0);
 	assert_int_equal(km_weights_open(&all, &c, whole, &err), 0);
 	/* what is there has the numbers that it has in the whole model */
-	assert_memory_equal(w.layer[1].expert_up[3].data, all.layer[1].expert_up[3].data, 64 * 256 / 2);
+	assert_memory_equal(w.layer[1].expert_up[3].data, all.layer[1].expert_up[3].data,
+	                    64 * 256 / 2);
 	assert_memory_equal(w.layer[1].o.data, all.layer[1].o.data, 256 * 128 * 2);
 	km_weights_close(&all);
 	km_weights_close(&w);
@@ -161,7 +174,9 @@ static void nothing_is_left_when_it_stops(void **state)
 {
 	char *dir = temp_dir(), *inside = km_xasprintf("%s/new", dir);
 	volatile sig_atomic_t cancel = 1;
-	km_synth_options o = { .config_path = "configs/models/tiny-k25.json", .out_dir = inside, .quiet = true,
+	km_synth_options o = { .config_path = "configs/models/tiny-k25.json",
+		               .out_dir = inside,
+		               .quiet = true,
 		               .cancel = &cancel };
 	km_synth_result result;
 	struct stat st;
@@ -170,7 +185,8 @@ static void nothing_is_left_when_it_stops(void **state)
 	(void)state;
 	assert_int_equal(km_synthesize(&o, &result, &err), KM_ECANCELED);
 	assert_int_equal(stat(inside, &st), -1);
-	o.config_path = "configs/models/kimi-k2.5.json"; /* 595 GB; stopped at once where they fit */
+	/* 595 GB; stopped at once where they fit */
+	o.config_path = "configs/models/kimi-k2.5.json";
 	if (km_synthesize(&o, &result, &err) == KM_ENOMEM)
 		assert_non_null(strstr(err.msg, "GB are needed"));
 	else
@@ -239,9 +255,10 @@ static void random_models_compute_ordinary_numbers(void **state)
 			changes += best != before;
 			before = best;
 		}
-		if (sqrt(square) < 3 || sqrt(square) > 5 || peak < 0.1 || peak > 0.8 || changes < T / 2)
-			fail_msg("%s: deviation %.2f, mean peak %.2f, %d changes", names[n], sqrt(square),
-			         peak, changes);
+		if (sqrt(square) < 3 || sqrt(square) > 5 || peak < 0.1 || peak > 0.8 ||
+		    changes < T / 2)
+			fail_msg("%s: deviation %.2f, mean peak %.2f, %d changes", names[n],
+			         sqrt(square), peak, changes);
 		km_model_close(model);
 		remove_dir(dir);
 	}

@@ -24,7 +24,10 @@
 static char *synthesized(const char *name, int64_t shard_bytes)
 {
 	char *dir = temp_dir(), *path = km_xasprintf("configs/models/%s.json", name);
-	km_synth_options o = { .config_path = path, .out_dir = dir, .seed = 3, .shard_bytes = shard_bytes,
+	km_synth_options o = { .config_path = path,
+		               .out_dir = dir,
+		               .seed = 3,
+		               .shard_bytes = shard_bytes,
 		               .quiet = true };
 	km_synth_result result;
 	km_err err;
@@ -52,7 +55,8 @@ static void poke(const char *dir, const char *tensor, int64_t at, const void *by
 		if (strcmp(t->name, tensor) != 0)
 			continue;
 		fd = open(km_shards_path(&shards, t), O_WRONLY);
-		assert_int_equal(pwrite(fd, bytes, count, (off_t)(shards.files[t->file].data_at + t->offset) + at),
+		assert_int_equal(pwrite(fd, bytes, count,
+		                        (off_t)(shards.files[t->file].data_at + t->offset) + at),
 		                 count);
 		close(fd);
 		done = true;
@@ -78,8 +82,8 @@ static void expect(const char *dir, const char *const *says, int count)
 		for (int k = 0; k < f.kept && !found; k++)
 			found = strstr(f.items[k].sentence, says[i]) != NULL;
 		if (!found)
-			fail_msg("no finding says '%s'; the first of %d is '%s'", says[i], (int)f.count,
-			         f.kept ? f.items[0].sentence : "");
+			fail_msg("no finding says '%s'; the first of %d is '%s'", says[i],
+			         (int)f.count, f.kept ? f.items[0].sentence : "");
 	}
 	if (f.count != count)
 		fail_msg("%d findings, not %d; the last kept is '%s'", (int)f.count, count,
@@ -89,7 +93,8 @@ static void expect(const char *dir, const char *const *says, int count)
 
 static void what_we_make_is_good(void **state)
 {
-	static const char *const names[] = { "tiny-k2", "tiny-k2-thinking", "tiny-k25", "tiny-deepseek-v3" };
+	static const char *const names[] = { "tiny-k2", "tiny-k2-thinking", "tiny-k25",
+		                             "tiny-deepseek-v3" };
 
 	(void)state;
 	for (int i = 0; i < 4; i++) {
@@ -110,19 +115,25 @@ static void damage_in_the_data_is_found(void **state)
 	(void)state;
 	poke(dir, "language_model.model.embed_tokens.weight", 2 * 77, &bf16_nan, 2);
 	poke(dir, "language_model.model.embed_tokens.weight", 2 * 99, &bf16_inf, 2);
-	poke(dir, "language_model.model.layers.1.mlp.experts.3.up_proj.weight_scale", 2 * 5, &bf16_minus, 2);
-	poke(dir, "language_model.model.layers.1.mlp.experts.4.up_proj.weight_scale", 0, &bf16_nan, 2);
-	poke(dir, "language_model.model.layers.2.mlp.experts.0.gate_proj.weight_shape", 0, wrong_shape, 8);
-	poke(dir, "language_model.model.layers.2.mlp.experts.9.gate_proj.weight_packed", 0, zeros, 8192);
+	poke(dir, "language_model.model.layers.1.mlp.experts.3.up_proj.weight_scale", 2 * 5,
+	     &bf16_minus, 2);
+	poke(dir, "language_model.model.layers.1.mlp.experts.4.up_proj.weight_scale", 0, &bf16_nan,
+	     2);
+	poke(dir, "language_model.model.layers.2.mlp.experts.0.gate_proj.weight_shape", 0,
+	     wrong_shape, 8);
+	poke(dir, "language_model.model.layers.2.mlp.experts.9.gate_proj.weight_packed", 0, zeros,
+	     8192);
 	poke(dir, "vision_tower.encoder.blocks.0.wo.bias", 0, &bf16_nan, 2);
 	expect(dir,
 	       (const char *[]){
-	               "embed_tokens.weight: has 1 NaN and 1 infinite elements, the first at 77",
-	               "experts.3.up_proj.weight_scale: has 1 negative scales, the first at 5",
-	               "experts.4.up_proj.weight_scale: has 1 NaN and 0 infinite elements, the first at 0",
-	               "experts.0.gate_proj.weight_shape: says [64, 255], the config [64, 256]",
-	               "experts.9.gate_proj.weight_packed: has 2 stretches of 8192 weights of -8, the first at",
-	               "blocks.0.wo.bias: has 1 NaN",
+		       "embed_tokens.weight: has 1 NaN and 1 infinite elements, the first at 77",
+		       "experts.3.up_proj.weight_scale: has 1 negative scales, the first at 5",
+		       "experts.4.up_proj.weight_scale: has 1 NaN and 0 infinite elements, the "
+	               "first at 0",
+		       "experts.0.gate_proj.weight_shape: says [64, 255], the config [64, 256]",
+		       "experts.9.gate_proj.weight_packed: has 2 stretches of 8192 weights of -8, "
+	               "the first at",
+		       "blocks.0.wo.bias: has 1 NaN",
 	       },
 	       6);
 	remove_dir(dir);
@@ -138,11 +149,14 @@ static void damage_in_fp8_is_found(void **state)
 	poke(dir, "model.layers.0.mlp.up_proj.weight", 1000, &nan, 1);
 	poke(dir, "model.layers.0.mlp.up_proj.weight_scale_inv", 4, &minus, 4);
 	poke(dir, "model.layers.1.mlp.gate.e_score_correction_bias", 8, &infinite, 4);
-	poke(dir, "model.layers.2.mlp.gate.e_score_correction_bias", 8, &minus, 4); /* biases may be negative */
+	/* biases may be negative */
+	poke(dir, "model.layers.2.mlp.gate.e_score_correction_bias", 8, &minus, 4);
 	expect(dir,
-	       (const char *[]){ "up_proj.weight: has 1 NaN and 0 infinite elements, the first at 1000",
-	                         "up_proj.weight_scale_inv: has 1 negative scales, the first at 1",
-	                         "e_score_correction_bias: has 0 NaN and 1 infinite elements, the first at 2" },
+	       (const char *[]){
+		       "up_proj.weight: has 1 NaN and 0 infinite elements, the first at 1000",
+		       "up_proj.weight_scale_inv: has 1 negative scales, the first at 1",
+		       "e_score_correction_bias: has 0 NaN and 1 infinite elements, the first at "
+	               "2" },
 	       3);
 	remove_dir(dir);
 }
@@ -165,7 +179,8 @@ static void all_problems_are_listed(void **state)
 	write_text(dir, "tiktoken.model", "not base64!\n");
 	expect(dir,
 	       (const char *[]){ "o_proj.weight is missing", "model.layers.9.extra is extra",
-	                         "model.norm.weight: BF16 [256] is expected, this is BF16 [255]", "tiktoken.model" },
+	                         "model.norm.weight: BF16 [256] is expected, this is BF16 [255]",
+	                         "tiktoken.model" },
 	       4);
 	fake_release(&fake);
 	km_config_release(&c);
@@ -182,8 +197,9 @@ static void a_bad_config_is_a_finding(void **state)
 	write_text(dir, "config.json", "{}");
 	poke(dir, "model.norm.weight", 4, &nan, 2);
 	expect(dir,
-	       (const char *[]){ "config.json: model_type: this field is missing",
-	                         "model.norm.weight: has 1 NaN and 0 infinite elements, the first at 2" },
+	       (const char *[]){
+		       "config.json: model_type: this field is missing",
+		       "model.norm.weight: has 1 NaN and 0 infinite elements, the first at 2" },
 	       2);
 	remove_dir(dir);
 }
@@ -214,7 +230,8 @@ static void a_cut_file_is_one_finding_and_the_rest_is_read(void **state)
 
 		assert_int_equal(km_verify(&o, &findings, &result, &err), 0);
 		assert_non_null(strstr(findings.items[0].sentence, "is truncated: tensor "));
-		assert_int_equal(findings.count, 1 + names + 1); /* the file, what it held, the NaN elsewhere */
+		/* the file, what it held, the NaN elsewhere */
+		assert_int_equal(findings.count, 1 + names + 1);
 		assert_non_null(strstr(findings.items[findings.kept - 1].sentence, "1 NaN"));
 	}
 	km_findings_release(&findings);
@@ -291,7 +308,8 @@ static void inspection_counts_what_is_there(void **state)
 	assert_string_equal(json_string_value(json_object_get(doc, "kind")), "kimi_k25");
 	assert_int_equal(json_integer_value(json_object_get(doc, "missing_tensors")), 0);
 	assert_int_equal(json_integer_value(json_object_get(
-	                         json_object_get(json_object_get(doc, "classes"), "routed_experts"), "tensors")),
+				 json_object_get(json_object_get(doc, "classes"), "routed_experts"),
+				 "tensors")),
 	                 3 * 16 * 3 * 3);
 	json_decref(doc);
 	km_buf_clear(&text);
@@ -299,7 +317,8 @@ static void inspection_counts_what_is_there(void **state)
 	assert_int_equal(km_inspect("configs/models/kimi-k2.5.json", true, 5, &text, &err), 0);
 	doc = json_loads(text.data, 0, NULL);
 	assert_int_equal(json_integer_value(json_object_get(doc, "parameters")) / 1000000000, 1026);
-	assert_int_equal(json_integer_value(json_object_get(doc, "active_parameters")) / 100000000, 328);
+	assert_int_equal(json_integer_value(json_object_get(doc, "active_parameters")) / 100000000,
+	                 328);
 	assert_int_equal(json_integer_value(json_object_get(doc, "bytes")), INT64_C(595148192736));
 	json_decref(doc);
 	km_buf_clear(&text);

@@ -20,9 +20,11 @@ static const km_parse_defaults defaults = { { .tools = true, .reasoning = true }
 
 static void lines_are_read(void **state)
 {
-	static const char line[] = "{\"text\":\"a\\u00e9<x>\\ud83d\\ude00b\", \"thinking\":true,\"history_tool_calls\":3,"
-	                           "\"engine_finish\":\"length\",\"tools\":[{\"function\":{\"name\":\"f\"}}],"
-	                           "\"literal_spans\":[[1,2],[5,7]],\"parsers\":\"reasoning\"}";
+	static const char line[] =
+		"{\"text\":\"a\\u00e9<x>\\ud83d\\ude00b\", "
+	        "\"thinking\":true,\"history_tool_calls\":3,"
+		"\"engine_finish\":\"length\",\"tools\":[{\"function\":{\"name\":\"f\"}}],"
+		"\"literal_spans\":[[1,2],[5,7]],\"parsers\":\"reasoning\"}";
 	km_parse_request r;
 	km_err err;
 
@@ -40,7 +42,8 @@ static void lines_are_read(void **state)
 	assert_int_equal(r.literal[1].start, 6);
 	assert_int_equal(r.literal[1].end, 11);
 	/* The next line starts from the defaults again. */
-	assert_int_equal(km_parse_request_read(&r, &defaults, "{\"chunks\":[\"x\",\"y\"]}", 20, &err), 0);
+	assert_int_equal(
+		km_parse_request_read(&r, &defaults, "{\"chunks\":[\"x\",\"y\"]}", 20, &err), 0);
 	assert_string_equal(r.text.data, "xy");
 	assert_true(!r.parser.in_reasoning && r.parser.tools && !r.parser.declared_tools);
 	assert_int_equal(r.literal_count, 0);
@@ -50,10 +53,16 @@ static void lines_are_read(void **state)
 
 /* A line, and a part of the sentence that refuses it. */
 static const char *const refused[][2] = {
-	{ "", "not JSON" }, { "{", "not JSON" }, { "[]", "must be a JSON object" }, { "7", "must be a JSON object" },
-	{ "{}", "exactly one of" }, { "{\"text\":\"a\",\"chunks\":[]}", "exactly one of" },
-	{ "{\"text\":7}", "\"text\" must be a string" }, { "{\"chunks\":\"a\"}", "must be an array of strings" },
-	{ "{\"chunks\":[\"a\",1]}", "each of \"chunks\"" }, { "{\"text\":\"a\"} x", "not JSON" },
+	{ "", "not JSON" },
+	{ "{", "not JSON" },
+	{ "[]", "must be a JSON object" },
+	{ "7", "must be a JSON object" },
+	{ "{}", "exactly one of" },
+	{ "{\"text\":\"a\",\"chunks\":[]}", "exactly one of" },
+	{ "{\"text\":7}", "\"text\" must be a string" },
+	{ "{\"chunks\":\"a\"}", "must be an array of strings" },
+	{ "{\"chunks\":[\"a\",1]}", "each of \"chunks\"" },
+	{ "{\"text\":\"a\"} x", "not JSON" },
 	{ "{\"text\":\"a\",\"thinking\":1}", "\"thinking\"" },
 	{ "{\"text\":\"a\",\"history_tool_calls\":-1}", "\"history_tool_calls\"" },
 	{ "{\"text\":\"a\",\"history_tool_calls\":99999999999}", "\"history_tool_calls\"" },
@@ -62,15 +71,19 @@ static const char *const refused[][2] = {
 	{ "{\"text\":\"a\",\"parsers\":\"all\"}", "\"parsers\"" },
 	{ "{\"text\":\"a\",\"tools\":{}}", "\"tools\" must be an array" },
 	{ "{\"text\":\"a\",\"tool_choice\":\"maybe\"}", "\"tool_choice\"" },
-	{ "{\"text\":\"a\",\"tool_choice\":{\"function\":{\"name\":\"f\"}}}", "not among \"tools\"" },
+	{ "{\"text\":\"a\",\"tool_choice\":{\"function\":{\"name\":\"f\"}}}",
+	  "not among \"tools\"" },
 	{ "{\"text\":\"a\",\"literal_spans\":[[0,2]]}", "\"literal_spans\"[0]" },
 	{ "{\"text\":\"ab\",\"literal_spans\":[[1,2],[0,1]]}", "\"literal_spans\"[1]" },
 	{ "{\"text\":\"ab\",\"literal_spans\":[[1]]}", "\"literal_spans\"[0]" },
 	{ "{\"text\":\"ab\",\"literal_spans\":[[0,1,2]]}", "\"literal_spans\"[0]" },
 	{ "{\"text\":\"ab\",\"literal_spans\":[[-1,1]]}", "\"literal_spans\"[0]" },
 	{ "{\"text\":\"ab\",\"literal_spans\":7}", "\"literal_spans\"" },
-	{ "{\"ids\":[1]}", "need --tokenizer" }, { "{\"ids\":7}", "\"ids\" must be an array" },
-	{ "{\"text\":\"a\tb\"}", "not JSON" }, { "{\"text\":\"\\x\"}", "not JSON" }, { "{\"text\":\"\\ud8zz\"}", "not JSON" },
+	{ "{\"ids\":[1]}", "need --tokenizer" },
+	{ "{\"ids\":7}", "\"ids\" must be an array" },
+	{ "{\"text\":\"a\tb\"}", "not JSON" },
+	{ "{\"text\":\"\\x\"}", "not JSON" },
+	{ "{\"text\":\"\\ud8zz\"}", "not JSON" },
 };
 
 static void wrong_lines_are_refused_with_a_sentence(void **state)
@@ -81,7 +94,8 @@ static void wrong_lines_are_refused_with_a_sentence(void **state)
 	(void)state;
 	km_parse_request_init(&r);
 	for (size_t i = 0; i < sizeof(refused) / sizeof(*refused); i++) {
-		int rc = km_parse_request_read(&r, &defaults, refused[i][0], strlen(refused[i][0]), &err);
+		int rc = km_parse_request_read(&r, &defaults, refused[i][0], strlen(refused[i][0]),
+		                               &err);
 
 		if (rc >= 0 || !strstr(err.msg, refused[i][1]))
 			fail_msg("%s: %d %s", refused[i][0], rc, rc < 0 ? err.msg : "accepted");
@@ -92,9 +106,14 @@ static void wrong_lines_are_refused_with_a_sentence(void **state)
 static void ill_formed_text_is_replaced_and_counted(void **state)
 {
 	static const char *const lines[][2] = {
-		{ "{\"text\":\"a\xff" "b\"}", "a\uFFFDb" }, { "{\"text\":\"\\ud83dx\"}", "\uFFFDx" },
-		{ "{\"text\":\"\\udc00\"}", "\uFFFD" }, { "{\"text\":\"\\ud83d\\ud83d\\ude00\"}", "\uFFFD\U0001F600" },
-		{ "{\"text\":\"\\ud83d\\u0041\"}", "\uFFFDA" }, { "{\"text\":\"\xe4\xbd\"}", "\uFFFD" },
+		{ "{\"text\":\"a\xff"
+		  "b\"}",
+		  "a\uFFFDb" },
+		{ "{\"text\":\"\\ud83dx\"}", "\uFFFDx" },
+		{ "{\"text\":\"\\udc00\"}", "\uFFFD" },
+		{ "{\"text\":\"\\ud83d\\ud83d\\ude00\"}", "\uFFFD\U0001F600" },
+		{ "{\"text\":\"\\ud83d\\u0041\"}", "\uFFFDA" },
+		{ "{\"text\":\"\xe4\xbd\"}", "\uFFFD" },
 	};
 	km_parse_request r;
 	km_err err;
@@ -102,40 +121,101 @@ static void ill_formed_text_is_replaced_and_counted(void **state)
 	(void)state;
 	km_parse_request_init(&r);
 	for (size_t i = 0; i < sizeof(lines) / sizeof(*lines); i++) {
-		assert_int_equal(km_parse_request_read(&r, &defaults, lines[i][0], strlen(lines[i][0]), &err), 0);
+		assert_int_equal(km_parse_request_read(&r, &defaults, lines[i][0],
+		                                       strlen(lines[i][0]), &err),
+		                 0);
 		assert_string_equal(r.text.data, lines[i][1]);
 		assert_int_equal(r.bad_count, 1);
 		assert_true(r.bad_at >= 9);
 	}
-	assert_int_equal(km_parse_request_read(&r, &defaults, "{\"text\":\"\\\\ud83d\\ud83d\\ude00\"}", 30, &err), 0);
+	assert_int_equal(km_parse_request_read(&r, &defaults,
+	                                       "{\"text\":\"\\\\ud83d\\ud83d\\ude00\"}", 30, &err),
+	                 0);
 	assert_string_equal(r.text.data, "\\ud83d\U0001F600");
 	assert_int_equal(r.bad_count, 0);
 	km_parse_request_release(&r);
 }
 
 static const char *const pieces[] = {
-	"{\"text\":\"", "{\"text\" : \"", "{\"chunks\":[\"", "\",\"", "\"]", "\"", "}", "\"}", "\"}", " }\r", ",\"thinking\":true",
-	",\"thinking\":false", ",\"thinking\": nul", ",\"history_tool_calls\":12", ",\"history_tool_calls\":01",
-	",\"history_tool_calls\":1e3", ",\"history_tool_calls\": 7 ", ",\"engine_finish\":\"length\"", ",\"engine_finish\":\"stop\"",
-	",\"engine_finish\":\"st\\u006fp\"", ",\"parsers\":\"tool\"", ",\"parsers\":\"none\"", ",\"tools\":[]", ",\"text\":\"b\"",
-	",\"x\":{\"y\":[1,2]}", "plain text of some length", "<|tool_call_begin|>", "\\n", "\\\"", "\\\\", "\\/", "\\u00e9", "\\u0000",
-	"\\ud83d\\ude00", "\\ud83d", "\\ude00", "\\uD83", "\\q", "\xe4\xbd\xa0", "\xf0\x9f\x98\x80", "\xff", "\xe4\xbd", "\t", "\x01",
-	"\x7f", "'", ",", ":", "[", "]", "1", "null", "exactly eight bytes, and more", "\",\"parsers\":\"both\"}",
-	",\"tools\":[{\"function\":{\"name\":\"f\"}}]", ",\"tools\":[\"]\\\"[\"]", ",\"tools\":[1,]", ",\"tools\":null",
-	",\"tool_choice\":\"none\"", ",\"tool_choice\":\"auto\"", ",\"thinking\":null",
-	"\",\"tools\":[{\"function\":{\"name\":\"g\"}}]}", "\",\"tool_choice\":\"none\",\"tools\":[],\"parsers\":\"tool\"}",
-	"\",\"thinking\":true}", "\",\"history_tool_calls\":3}", "\",\"engine_finish\":\"length\"}",
+	"{\"text\":\"",
+	"{\"text\" : \"",
+	"{\"chunks\":[\"",
+	"\",\"",
+	"\"]",
+	"\"",
+	"}",
+	"\"}",
+	"\"}",
+	" }\r",
+	",\"thinking\":true",
+	",\"thinking\":false",
+	",\"thinking\": nul",
+	",\"history_tool_calls\":12",
+	",\"history_tool_calls\":01",
+	",\"history_tool_calls\":1e3",
+	",\"history_tool_calls\": 7 ",
+	",\"engine_finish\":\"length\"",
+	",\"engine_finish\":\"stop\"",
+	",\"engine_finish\":\"st\\u006fp\"",
+	",\"parsers\":\"tool\"",
+	",\"parsers\":\"none\"",
+	",\"tools\":[]",
+	",\"text\":\"b\"",
+	",\"x\":{\"y\":[1,2]}",
+	"plain text of some length",
+	"<|tool_call_begin|>",
+	"\\n",
+	"\\\"",
+	"\\\\",
+	"\\/",
+	"\\u00e9",
+	"\\u0000",
+	"\\ud83d\\ude00",
+	"\\ud83d",
+	"\\ude00",
+	"\\uD83",
+	"\\q",
+	"\xe4\xbd\xa0",
+	"\xf0\x9f\x98\x80",
+	"\xff",
+	"\xe4\xbd",
+	"\t",
+	"\x01",
+	"\x7f",
+	"'",
+	",",
+	":",
+	"[",
+	"]",
+	"1",
+	"null",
+	"exactly eight bytes, and more",
+	"\",\"parsers\":\"both\"}",
+	",\"tools\":[{\"function\":{\"name\":\"f\"}}]",
+	",\"tools\":[\"]\\\"[\"]",
+	",\"tools\":[1,]",
+	",\"tools\":null",
+	",\"tool_choice\":\"none\"",
+	",\"tool_choice\":\"auto\"",
+	",\"thinking\":null",
+	"\",\"tools\":[{\"function\":{\"name\":\"g\"}}]}",
+	"\",\"tool_choice\":\"none\",\"tools\":[],\"parsers\":\"tool\"}",
+	"\",\"thinking\":true}",
+	"\",\"history_tool_calls\":3}",
+	"\",\"engine_finish\":\"length\"}",
 };
 
 static bool same(const km_parse_request *a, const km_parse_request *b)
 {
-	return a->text.len == b->text.len && (!a->text.len || !memcmp(a->text.data, b->text.data, a->text.len)) &&
-	       a->parser.in_reasoning == b->parser.in_reasoning && a->parser.tools == b->parser.tools &&
-	       a->parser.reasoning == b->parser.reasoning &&
+	return a->text.len == b->text.len &&
+	       (!a->text.len || !memcmp(a->text.data, b->text.data, a->text.len)) &&
+	       a->parser.in_reasoning == b->parser.in_reasoning &&
+	       a->parser.tools == b->parser.tools && a->parser.reasoning == b->parser.reasoning &&
 	       a->parser.history_tool_calls == b->parser.history_tool_calls &&
 	       !strcmp(a->engine_finish, b->engine_finish) && a->bad_count == b->bad_count &&
-	       (a->parser.declared_tools ? json_equal(a->parser.declared_tools, b->parser.declared_tools)
-	                                 : !b->parser.declared_tools);
+	       (a->parser.declared_tools
+	                ? json_equal(a->parser.declared_tools, b->parser.declared_tools)
+	                : !b->parser.declared_tools);
 }
 
 /* Random lines, half of them wrong somewhere: both readers accept the same, and read the same. */
@@ -156,9 +236,12 @@ static void both_readers_agree(void **state)
 		km_buf_clear(&line);
 		km_buf_puts(&line, pieces[km_rng_u64(seed, 1) % 3]);
 		for (uint64_t i = 0; i < count; i++)
-			km_buf_puts(&line, pieces[km_rng_u64(seed, 2 + i) % (sizeof(pieces) / sizeof(*pieces))]);
+			km_buf_puts(&line, pieces[km_rng_u64(seed, 2 + i) %
+			                          (sizeof(pieces) / sizeof(*pieces))]);
 		if (seed % 2)
-			km_buf_puts(&line, seed % 4 == 1 ? "\"}" : pieces[sizeof(pieces) / sizeof(*pieces) - 1 - seed / 4 % 6]);
+			km_buf_puts(&line, seed % 4 == 1 ? "\"}"
+			                                 : pieces[sizeof(pieces) / sizeof(*pieces) -
+			                                          1 - seed / 4 % 6]);
 		a = km_parse_request_read(&fast, &defaults, line.data, line.len, &err);
 		by_scanner += !a && !fast.root;
 		b = km_parse_request_read_slowly(&slow, &defaults, line.data, line.len, &err);
@@ -166,8 +249,8 @@ static void both_readers_agree(void **state)
 			fail_msg("readers differ (%d, %d) on %s", a, b, line.data);
 		accepted += !a;
 	}
-	printf("figure: %d random lines read alike; %d accepted, %d of them by the scanner\n", cases, accepted,
-	       by_scanner);
+	printf("figure: %d random lines read alike; %d accepted, %d of them by the scanner\n",
+	       cases, accepted, by_scanner);
 	assert_true(by_scanner > 5000);
 	km_parse_request_release(&fast);
 	km_parse_request_release(&slow);

@@ -1,6 +1,6 @@
 /*
- * The output parser: rules on small inputs here, the conformance corpus and random inputs below. Every
- * check of a result runs over every cut in two, byte by byte, and in one piece.
+ * The output parser: rules on small inputs here, the conformance corpus and random inputs below.
+ * Every check of a result runs over every cut in two, byte by byte, and in one piece.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -81,7 +81,8 @@ static void finish(km_parser *parser, struct result *r, size_t bytes)
 {
 	km_parser_finish(parser);
 	assert_int_equal(km_parser_calls(parser), r->message.count);
-	assert_int_equal(r->emitted - r->invented + r->dropped + km_parser_format_bytes(parser), bytes);
+	assert_int_equal(r->emitted - r->invented + r->dropped + km_parser_format_bytes(parser),
+	                 bytes);
 	km_parser_free(parser);
 }
 
@@ -143,7 +144,8 @@ static void calls_come_out(void **state)
 	(void)state;
 	expect("plain text", "content[plain text]");
 	expect(S B "functions.a:0" A "{\"x\":1}" C E, "content[] functions.a:0=a({\"x\":1})");
-	expect("Let me see. " S " \n" B " functions.a.b-c:7 \n" A "\n{} \n" C "\n" B "b:1" A C E "\n",
+	expect("Let me see. " S " \n" B " functions.a.b-c:7 \n" A "\n{} \n" C "\n" B "b:1" A C E
+	       "\n",
 	       "content[Let me see. ] functions.a.b-c:0=a.b-c({}) functions.b:1=b({})");
 	expect(B "functions.a:0" A "{}" C "then", "content[then] functions.a:0=a({})");
 	expect("<|tool_call_section_begin|>" B "functions.a:0" A "{}" C "<|tool_call_section_end|>",
@@ -160,7 +162,8 @@ static void calls_that_do_not_end_well(void **state)
 	expect(S B "functions.a:0" A "{}" B "functions.b:1" A "[]" S B "functions.c:2" A "1" C E,
 	       "content[] functions.a:0=a({}) functions.b:1=b([]) functions.c:2=c(1)");
 	expect(S B "functions.a:0" B "functions.b:0" A "{}" C E, "content[] functions.b:0=b({})");
-	expect(S B "weird@id" A "{}" C B "functions.b:0" A "{}" C E, "content[] functions.b:0=b({})");
+	expect(S B "weird@id" A "{}" C B "functions.b:0" A "{}" C E,
+	       "content[] functions.b:0=b({})");
 	expect(S B "functions.a:0" C E "t", "content[t]");
 }
 
@@ -191,14 +194,16 @@ static void stray_markers_do_not_leak(void **state)
 
 static void reasoning_is_set_apart(void **state)
 {
-	km_parser_options inside = both, tools = { .tools = true }, none = { 0 }, think = { .reasoning = true };
+	km_parser_options inside = both, tools = { .tools = true }, none = { 0 },
+			  think = { .reasoning = true };
 
 	(void)state;
 	inside.in_reasoning = true;
 	expect("<think>a</think>b", "content[b] reasoning[a]");
 	expect("<think></think>b", "content[b]");
 	expect("<think><think>a</think>b<think>c</think>d", "content[bd] reasoning[ac]");
-	expect("<think>a" S B "functions.a:0" A "{}" C E, "content[] reasoning[a] functions.a:0=a({})");
+	expect("<think>a" S B "functions.a:0" A "{}" C E,
+	       "content[] reasoning[a] functions.a:0=a({})");
 	expect("<think>a" B "functions.a:0" A "{}" C, "content[] reasoning[a] functions.a:0=a({})");
 	expect_with(&inside, "a</think>\n\nb", "content[\n\nb] reasoning[a]");
 	expect_with(&inside, "<think>a", "content[] reasoning[a]");
@@ -234,7 +239,9 @@ static void look_alikes_are_text(void **state)
 
 /* ---- the corpus ---- */
 
-static const km_parse_defaults corpus_defaults = { { .tools = true, .reasoning = true }, "stop", NULL };
+static const km_parse_defaults corpus_defaults = { { .tools = true, .reasoning = true },
+	                                           "stop",
+	                                           NULL };
 
 struct corpus {
 	km_parse_request request;
@@ -331,8 +338,8 @@ static void check_ids(struct corpus *c, size_t piece)
 	check_case(c, parser, &r, q->text.len);
 }
 
-/* Every cut in two for texts up to 3000 bytes; for longer ones each cut within 30 bytes of a '<' that
- * is among the first and last 1500, and every 997th. */
+/* Every cut in two for texts up to 3000 bytes; for longer ones each cut within 30 bytes of a '<'
+ * that is among the first and last 1500, and every 997th. */
 static bool is_worth_a_cut(const km_buf *text, size_t cut)
 {
 	if (text->len <= 3000 || cut % 997 == 0)
@@ -404,11 +411,54 @@ static void corpus_holds_through_every_cut(void **state)
 /* ---- random inputs ---- */
 
 static const char *const pieces[] = {
-	S, E, B, A, C, "<think>", "</think>", "<|tool_call_section_begin|>", "<|tool_call_section_end|>",
-	S, E, B, A, C, B "functions.f:0" A "{}" C, "functions.get_x:3", "call_7", "0", "weird@id", " ", "\n",
-	" \r\n\t", "{\"x\":1}", "{\"y\":\"a\"}", "{\"x\"", "{}", "text", "a b ", "\xe4\xbd\xa0", "\xf0\x9f\x98\x80",
-	"\xf0\x9f", "\xff", "\xe4", "\x80", "<", "<|", "<thi", "</", "<|tool_call", "<|tool_calls_section_",
-	"_begin|>", "|>", "end|>", "!!!!", "\"", ":", "functions.", "",
+	S,
+	E,
+	B,
+	A,
+	C,
+	"<think>",
+	"</think>",
+	"<|tool_call_section_begin|>",
+	"<|tool_call_section_end|>",
+	S,
+	E,
+	B,
+	A,
+	C,
+	B "functions.f:0" A "{}" C,
+	"functions.get_x:3",
+	"call_7",
+	"0",
+	"weird@id",
+	" ",
+	"\n",
+	" \r\n\t",
+	"{\"x\":1}",
+	"{\"y\":\"a\"}",
+	"{\"x\"",
+	"{}",
+	"text",
+	"a b ",
+	"\xe4\xbd\xa0",
+	"\xf0\x9f\x98\x80",
+	"\xf0\x9f",
+	"\xff",
+	"\xe4",
+	"\x80",
+	"<",
+	"<|",
+	"<thi",
+	"</",
+	"<|tool_call",
+	"<|tool_calls_section_",
+	"_begin|>",
+	"|>",
+	"end|>",
+	"!!!!",
+	"\"",
+	":",
+	"functions.",
+	"",
 };
 
 static void random_input(km_buf *text, uint64_t seed)
@@ -441,8 +491,10 @@ static void on_stream_event(void *ctx, const km_parser_event *e)
 {
 	struct stream *s = ctx;
 
-	km_utf8_append_valid(e->kind == KM_PARSED_CONTENT ? &s->content
-	                     : e->kind == KM_PARSED_REASONING ? &s->reasoning : &s->arguments, e->text, e->len);
+	km_utf8_append_valid(e->kind == KM_PARSED_CONTENT     ? &s->content
+	                     : e->kind == KM_PARSED_REASONING ? &s->reasoning
+	                                                      : &s->arguments,
+	                     e->text, e->len);
 }
 
 static void check_valid(const km_buf *raw, const km_buf *streamed)
@@ -456,8 +508,8 @@ static void check_valid(const km_buf *raw, const km_buf *streamed)
 	km_buf_release(&whole);
 }
 
-static void check_stream(const km_parser_options *options, const km_buf *text, const struct result *r,
-                         uint64_t seed)
+static void check_stream(const km_parser_options *options, const km_buf *text,
+                         const struct result *r, uint64_t seed)
 {
 	struct stream s = { KM_BUF_INIT, KM_BUF_INIT, KM_BUF_INIT };
 	km_parser_options o = *options;
@@ -480,7 +532,8 @@ static void check_stream(const km_parser_options *options, const km_buf *text, c
 	check_valid(&r->message.reasoning, &s.reasoning);
 	/* Between calls a client has a boundary too. */
 	for (int i = 0; i < r->message.count; i++)
-		km_utf8_append_valid(&arguments, r->message.calls[i].arguments.data, r->message.calls[i].arguments.len);
+		km_utf8_append_valid(&arguments, r->message.calls[i].arguments.data,
+		                     r->message.calls[i].arguments.len);
 	assert_int_equal(arguments.len, s.arguments.len);
 	if (arguments.len)
 		assert_memory_equal(arguments.data, s.arguments.data, arguments.len);
@@ -500,7 +553,8 @@ static void check_random(const km_parser_options *options, const km_buf *text, u
 	parse_pieces(options, text->data, text->len, SIZE_MAX, &other);
 	assert_string_equal(whole.data, other.data);
 	for (uint64_t i = 0; i < 4; i++) {
-		parse_pieces(options, text->data, text->len, km_rng_u64(seed, 100 + i) % (text->len + 1), &other);
+		parse_pieces(options, text->data, text->len,
+		             km_rng_u64(seed, 100 + i) % (text->len + 1), &other);
 		assert_string_equal(whole.data, other.data);
 	}
 	parser = parser_for(&r, options);
@@ -515,23 +569,27 @@ static void check_random(const km_parser_options *options, const km_buf *text, u
 /* Random soups of markers, parts of markers, ids, JSON and ill-formed UTF-8. */
 static void random_inputs_keep_the_properties(void **state)
 {
-	json_t *tools = json_loads("[{\"function\":{\"name\":\"one\",\"parameters\":{\"properties\":{\"x\":{}}}}},"
-	                           "{\"function\":{\"name\":\"two\",\"parameters\":{\"properties\":{\"y\":{}}}}}]",
-	                           0, NULL);
+	json_t *tools = json_loads(
+		"[{\"function\":{\"name\":\"one\",\"parameters\":{\"properties\":{\"x\":{}}}}},"
+		"{\"function\":{\"name\":\"two\",\"parameters\":{\"properties\":{\"y\":{}}}}}]",
+		0, NULL);
 	uint64_t cases = RANDOM_CASES;
 	km_buf text = KM_BUF_INIT;
 
 	(void)state;
 	for (uint64_t seed = 0; seed < cases; seed++) {
 		uint64_t bits = km_rng_u64(seed, 1000);
-		km_parser_options o = { .tools = bits & 7, .reasoning = bits & 56, .in_reasoning = bits & 64,
-		                        .history_tool_calls = (int)(bits >> 7 & 3),
-		                        .declared_tools = bits & 512 ? tools : NULL };
+		km_parser_options o = { .tools = bits & 7,
+			                .reasoning = bits & 56,
+			                .in_reasoning = bits & 64,
+			                .history_tool_calls = (int)(bits >> 7 & 3),
+			                .declared_tools = bits & 512 ? tools : NULL };
 
 		random_input(&text, seed);
 		check_random(&o, &text, seed);
 	}
-	printf("figure: %llu random inputs: every split, deltas, accounting\n", (unsigned long long)cases);
+	printf("figure: %llu random inputs: every split, deltas, accounting\n",
+	       (unsigned long long)cases);
 	km_buf_release(&text);
 	json_decref(tools);
 }
@@ -550,7 +608,8 @@ static void no_marker_comes_out(void **state)
 		km_buf_clear(&text);
 		km_buf_puts(&text, "");
 		for (size_t i = 1; i <= count; i++) {
-			const char *piece = pieces[km_rng_u64(seed, i) % (sizeof(pieces) / sizeof(*pieces))];
+			const char *piece =
+				pieces[km_rng_u64(seed, i) % (sizeof(pieces) / sizeof(*pieces))];
 
 			if (piece[0] != '<' || marker_at(piece, strlen(piece)) != KM_MARK_COUNT)
 				km_buf_puts(&text, piece);
@@ -567,7 +626,8 @@ static void no_marker_comes_out(void **state)
 
 /* ---- size ---- */
 
-/* Ten megabytes of arguments a byte at a time: time grows as the size does, memory does not grow. */
+/* Ten megabytes of arguments a byte at a time: time grows as the size does, memory does not
+ * grow. */
 static void long_arguments_stay_linear(void **state)
 {
 	static const char head[] = S B "functions.w:0" A "{\"t\":\"", tail[] = "\"}" C E;

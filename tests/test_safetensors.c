@@ -40,12 +40,14 @@ static void a_header_is_read(void **state)
 	char *bytes;
 
 	(void)state;
-	assert_int_equal(parse(&f, &bytes,
-	                       "{\"b\\u00e9\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[12,16]},"
-	                       "\"__metadata__\":{\"format\":\"pt\"},"
-	                       "\"empty\":{\"shape\":[0,4],\"dtype\":\"I64\",\"data_offsets\":[12,12]},"
-	                       "\"a\":{\"dtype\":\"BF16\",\"shape\":[2,3],\"data_offsets\":[0,12]}}   ",
-	                       16, &err), 0);
+	assert_int_equal(
+		parse(&f, &bytes,
+	              "{\"b\\u00e9\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[12,16]},"
+	              "\"__metadata__\":{\"format\":\"pt\"},"
+	              "\"empty\":{\"shape\":[0,4],\"dtype\":\"I64\",\"data_offsets\":[12,12]},"
+	              "\"a\":{\"dtype\":\"BF16\",\"shape\":[2,3],\"data_offsets\":[0,12]}}   ",
+	              16, &err),
+		0);
 	assert_int_equal(f.count, 3);
 	assert_string_equal(f.tensors[0].name, "a");
 	assert_int_equal(f.tensors[0].ndim, 2);
@@ -83,9 +85,12 @@ static void wrong_headers_are_one_sentence(void **state)
 		{ "{" T("a", "F32", "[01]", "[0,4]") "}", 4, "a whole number is expected" },
 		{ "{" T("a", "F32", "[2]", "[0,4]") "}", 4,
 		  "tensor a: F32 [2] needs 8 bytes, its data_offsets span 4" },
-		{ "{" T("a", "F32", "[4294967296,4294967296,4]", "[0,0]") "}", 0, "tensor a: its shape is too large" },
-		{ "{" T("a", "F32", "[18446744073709551615]", "[0,4]") "}", 0, "tensor a: its shape is too large" },
-		{ "{" T("a", "F32", "[18446744073709551616]", "[0,4]") "}", 0, "does not fit in 64 bits" },
+		{ "{" T("a", "F32", "[4294967296,4294967296,4]", "[0,0]") "}", 0,
+		  "tensor a: its shape is too large" },
+		{ "{" T("a", "F32", "[18446744073709551615]", "[0,4]") "}", 0,
+		  "tensor a: its shape is too large" },
+		{ "{" T("a", "F32", "[18446744073709551616]", "[0,4]") "}", 0,
+		  "does not fit in 64 bits" },
 		{ "{" T("a", "F32", "[1,1,1,1,1,1,1]", "[0,4]") "}", 4, "more than 6 dimensions" },
 		{ "{" T("a", "F32", "[1]", "[4,0]") "}", 4, "its data ends before it begins" },
 		{ "{" T("a", "F32", "[1]", "[0,4]") "," T("b", "F32", "[2]", "[2,10]") "}", 10,
@@ -94,11 +99,14 @@ static void wrong_headers_are_one_sentence(void **state)
 		  "a hole of 2 bytes before tensor b" },
 		{ "{" T("a", "F32", "[1]", "[0,4]") "}", 3,
 		  "is truncated: tensor a ends at byte 4 of the data, the file has 3" },
-		{ "{" T("a", "F32", "[1]", "[0,4]") "}", 5, "has 1 bytes after its last tensor's end" },
+		{ "{" T("a", "F32", "[1]", "[0,4]") "}", 5,
+		  "has 1 bytes after its last tensor's end" },
 		{ "{" T("a", "U8", "[1]", "[0,1]") "," T("a", "U8", "[1]", "[1,2]") "}", 2,
 		  "tensor a is there twice" },
-		{ "{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1, "dtype, shape or data_offsets is missing" },
-		{ "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\"}}", 1, "field \"dtype\" is there twice" },
+		{ "{\"a\":{\"dtype\":\"U8\",\"shape\":[1]}}", 1,
+		  "dtype, shape or data_offsets is missing" },
+		{ "{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\"}}", 1,
+		  "field \"dtype\" is there twice" },
 		{ "{\"a\":{\"strides\":[1]}}", 1, "field \"strides\" is unknown" },
 		{ "{\"__metadata__\":{\"a\":1}}", 0, "'\"' is expected" },
 		{ "{\"\\ud800\":1}", 0, "half of a surrogate pair" },
@@ -116,8 +124,10 @@ static void wrong_headers_are_one_sentence(void **state)
 		char *bytes;
 		int rc = parse(&f, &bytes, cases[i].header, cases[i].data, &err);
 
-		if (rc >= 0 || !strstr(err.msg, cases[i].says) || strncmp(err.msg, "x.safetensors: ", 15))
-			fail_msg("%s: code %d, '%s', not '%s'", cases[i].header, rc, err.msg, cases[i].says);
+		if (rc >= 0 || !strstr(err.msg, cases[i].says) ||
+		    strncmp(err.msg, "x.safetensors: ", 15))
+			fail_msg("%s: code %d, '%s', not '%s'", cases[i].header, rc, err.msg,
+			         cases[i].says);
 		km_safetensors_close(&f);
 		free(bytes);
 	}
@@ -133,7 +143,9 @@ static void lengths_are_checked_before_they_are_used(void **state)
 		{ { 0 }, 0, "a safetensors file has at least 8 bytes, this 0" },
 		{ { 2, 0, 0, 0, 0, 0, 0 }, 7, "at least 8 bytes, this 7" },
 		{ { 2, 0, 0, 0, 0, 0, 0, 0, '{' }, 9, "its header has 2 bytes, the file has 1" },
-		{ { 255, 255, 255, 255, 255, 255, 255, 255, '{', '}' }, 10, "is not a safetensors file" },
+		{ { 255, 255, 255, 255, 255, 255, 255, 255, '{', '}' },
+		  10,
+		  "is not a safetensors file" },
 		{ { 'P', 'K', 3, 4, 0, 0, 8, 8, '{', '}' }, 10, "is not a safetensors file" },
 	};
 
@@ -142,7 +154,8 @@ static void lengths_are_checked_before_they_are_used(void **state)
 		km_safetensors f;
 		km_err err;
 
-		assert_int_equal(km_safetensors_parse(&f, cases[i].bytes, cases[i].size, "x", &err), KM_EFORMAT);
+		assert_int_equal(km_safetensors_parse(&f, cases[i].bytes, cases[i].size, "x", &err),
+		                 KM_EFORMAT);
 		if (!strstr(err.msg, cases[i].says))
 			fail_msg("'%s', not '%s'", err.msg, cases[i].says);
 		km_safetensors_close(&f);
@@ -152,8 +165,10 @@ static void lengths_are_checked_before_they_are_used(void **state)
 static void what_is_written_is_read_back(void **state)
 {
 	static const char name[] = "quote \" back \\ tab \t \u4e16";
-	km_tensor t[2] = { { .name = name, .dtype = KM_F16, .ndim = 2, .shape = { 3, 5 }, .bytes = 30 },
-		           { .name = "scalar", .dtype = KM_BOOL, .offset = 30, .bytes = 1 } };
+	km_tensor t[2] = {
+		{ .name = name, .dtype = KM_F16, .ndim = 2, .shape = { 3, 5 }, .bytes = 30 },
+		{ .name = "scalar", .dtype = KM_BOOL, .offset = 30, .bytes = 1 }
+	};
 	km_buf out = KM_BUF_INIT;
 	km_safetensors f;
 	km_err err;
@@ -181,7 +196,8 @@ static void the_name_map_grows(void **state)
 	km_name_map_init(&map, 0);
 	for (int i = 0; i < N; i++) {
 		snprintf(names + i * 24, 24, "name-%d", i);
-		assert_int_equal(km_name_map_add(&map, names + i * 24, strlen(names + i * 24), i), -1);
+		assert_int_equal(km_name_map_add(&map, names + i * 24, strlen(names + i * 24), i),
+		                 -1);
 	}
 	for (int i = 0; i < N; i++)
 		assert_int_equal(km_name_map_find(&map, names + i * 24, strlen(names + i * 24)), i);
@@ -221,7 +237,8 @@ static void expect_findings(const char *dir, int code, const char *const *says, 
 		for (int i = 0; i < count; i++)
 			if (i >= findings.kept || !strstr(findings.items[i].sentence, says[i]))
 				fail_msg("finding %d is '%s', not '%s'", i,
-				         i < findings.kept ? findings.items[i].sentence : "", says[i]);
+				         i < findings.kept ? findings.items[i].sentence : "",
+				         says[i]);
 		assert_int_equal(findings.count, count);
 	}
 	km_findings_release(&findings);
@@ -236,29 +253,38 @@ static void shards_agree_with_their_index(void **state)
 
 	(void)state;
 	expect_findings(dir, KM_ENOTFOUND,
-	                (const char *[]){ "has neither model.safetensors.index.json nor model.safetensors" }, 1);
+	                (const char *[]){
+				"has neither model.safetensors.index.json nor model.safetensors" },
+	                1);
 	fake_write(&fake, dir, 3);
 	expect_findings(dir, 0, NULL, 0);
 	write_text(dir, index,
 	           "{\"weight_map\":{\"a\":\"model-00001-of-00003.safetensors\","
-	           "\"b\":\"model-00003-of-00003.safetensors\",\"d\":\"model-00003-of-00003.safetensors\"}}");
-	expect_findings(dir, 0,
-	                (const char *[]){ "lists tensor b in model-00003-of-00003.safetensors, which does not",
-	                                  "lists tensor d in model-00003-of-00003.safetensors, which does not",
-	                                  "00003.safetensors: tensor c is not listed in model.safetensors.index" },
-	                3);
+	           "\"b\":\"model-00003-of-00003.safetensors\",\"d\":\"model-00003-of-00003."
+	           "safetensors\"}}");
+	expect_findings(
+		dir, 0,
+		(const char *[]){
+			"lists tensor b in model-00003-of-00003.safetensors, which does not",
+			"lists tensor d in model-00003-of-00003.safetensors, which does not",
+			"00003.safetensors: tensor c is not listed in model.safetensors.index" },
+		3);
 	write_text(dir, index,
 	           "{\"metadata\":{\"total_size\":15,\"x\":[{\"y\":null}]},\"weight_map\":{"
-	           "\"b\":\"model-00002-of-00003.safetensors\",\"a\":\"model-00002-of-00003.safetensors\","
-	           "\"c\":\"model-00003-of-00003.safetensors\",\"a\":\"model-00001-of-00003.safetensors\"}}");
+	           "\"b\":\"model-00002-of-00003.safetensors\",\"a\":\"model-00002-of-00003."
+	           "safetensors\","
+	           "\"c\":\"model-00003-of-00003.safetensors\",\"a\":\"model-00001-of-00003."
+	           "safetensors\"}}");
 	expect_findings(dir, 0,
-	                (const char *[]){ "lists tensor a in model-00002-of-00003.safetensors, but it is in",
-	                                  "lists tensor a twice" },
+	                (const char *[]){
+				"lists tensor a in model-00002-of-00003.safetensors, but it is in",
+				"lists tensor a twice" },
 	                2);
 	write_text(dir, index, "{\"weight_map\":{\"a\":\"model-9.safetensors\"}}");
 	expect_findings(dir, 0, (const char *[]){ "model-9.safetensors: cannot be opened" }, 1);
 	write_text(dir, index, "{\"weight_map\":{\"a\":\"../x.safetensors\"}}");
-	expect_findings(dir, KM_EFORMAT, (const char *[]){ "'../x.safetensors' is not a file name" }, 1);
+	expect_findings(dir, KM_EFORMAT,
+	                (const char *[]){ "'../x.safetensors' is not a file name" }, 1);
 	write_text(dir, index, "{\"weight_map\":{}}");
 	expect_findings(dir, KM_EFORMAT, (const char *[]){ "weight_map is empty" }, 1);
 	write_text(dir, index, "{\"metadata\":{\"total_size\":1}}");

@@ -30,7 +30,8 @@ static const char *const rows[][3] = {
 	{ "{'minimum':9007199254740993}", "[9007199254740993]", "[9007199254740992]" },
 	{ "{'multipleOf':3}", "[9,-3,0,'x']", "[10]" },
 	{ "{'multipleOf':0.5}", "[1.5,2]", "[1.3]" },
-	{ "{'minLength':2,'maxLength':3}", "['ab','\\u4f60\\u597d','abc',5]", "['a','\\ud83d\\ude00','abcd']" },
+	{ "{'minLength':2,'maxLength':3}", "['ab','\\u4f60\\u597d','abc',5]",
+	  "['a','\\ud83d\\ude00','abcd']" },
 	{ "{'pattern':'^a+$'}", "['aa',5]", "['ab','aa\\n','']" },
 	{ "{'pattern':'b'}", "['abc']", "['ac']" },
 	{ "{'pattern':'^\\\\d$'}", "['7']", "['\\u0967']" },
@@ -49,36 +50,49 @@ static const char *const rows[][3] = {
 	{ "{'additionalProperties':{'type':'integer'}}", "[{'a':1}]", "[{'a':'1'}]" },
 	{ "{'propertyNames':{'maxLength':2}}", "[{'ab':1}]", "[{'abc':1}]" },
 	{ "{'items':{'type':'integer'}}", "[[1,2],[],{}]", "[[1,'2']]" },
-	{ "{'prefixItems':[{'type':'string'}],'items':{'type':'integer'}}", "[['a',1],['a'],[]]", "[[1],['a','b']]" },
+	{ "{'prefixItems':[{'type':'string'}],'items':{'type':'integer'}}", "[['a',1],['a'],[]]",
+	  "[[1],['a','b']]" },
 	{ "{'contains':{'const':1}}", "[[2,1]]", "[[2],[]]" },
-	{ "{'contains':{'const':1},'minContains':2,'maxContains':3}", "[[1,1],[1,2,1,1]]", "[[1],[1,1,1,1]]" },
+	{ "{'contains':{'const':1},'minContains':2,'maxContains':3}", "[[1,1],[1,2,1,1]]",
+	  "[[1],[1,1,1,1]]" },
 	{ "{'contains':{'const':1},'minContains':0}", "[[]]", "[]" },
 	{ "{'allOf':[{'minimum':1},{'maximum':2}]}", "[1]", "[0,3]" },
 	{ "{'anyOf':[{'type':'string'},{'minimum':5}]}", "['a',5]", "[4]" },
 	{ "{'oneOf':[{'minimum':1},{'maximum':5}]}", "[0,6]", "[3]" },
 	{ "{'not':{'type':'string'}}", "[1]", "['a']" },
-	{ "{'if':{'properties':{'k':{'const':1}},'required':['k']},'then':{'required':['a']},'else':{'required':['b']}}",
+	{ "{'if':{'properties':{'k':{'const':1}},'required':['k']},'then':{'required':['a']},'else'"
+	  ":{'required':['b']}}",
 	  "[{'k':1,'a':0},{'k':2,'b':0}]", "[{'k':1,'b':0},{'k':2,'a':0}]" },
 	{ "{'then':{'required':['a']}}", "[{}]", "[]" },
 	{ "{'$defs':{'p':{'type':'integer'}},'$ref':'#/$defs/p','minimum':3}", "[3]", "[2,'a']" },
-	{ "{'properties':{'c':{'$ref':'#'}},'additionalProperties':false}", "[{'c':{'c':{}}}]", "[{'c':{'d':1}}]" },
+	{ "{'properties':{'c':{'$ref':'#'}},'additionalProperties':false}", "[{'c':{'c':{}}}]",
+	  "[{'c':{'d':1}}]" },
 	{ "{'$defs':{'a~b/c%':{'const':1}},'$ref':'#/$defs/a~0b~1c%25'}", "[1]", "[2]" },
 	{ "{'$defs':{'x':{'$anchor':'here','const':1}},'$ref':'#here'}", "[1]", "[2]" },
-	{ "{'$defs':{'x':{'$id':'http://e/x','$defs':{'y':{'const':1}},'$ref':'#/$defs/y'}},'$ref':'http://e/x'}",
+	{ "{'$defs':{'x':{'$id':'http://e/x','$defs':{'y':{'const':1}},'$ref':'#/$defs/"
+	  "y'}},'$ref':'http://e/x'}",
 	  "[1]", "[2]" },
-	{ "{'allOf':[{'const':1}],'$defs':{'z':{'$ref':'#/allOf/0'}},'$ref':'#/$defs/z'}", "[1]", "[2]" },
-	{ "{'$id':'http://e/strict','$dynamicAnchor':'n','$ref':'http://e/tree','required':['s'],'$defs':{'t':"
-	  "{'$id':'http://e/tree','$dynamicAnchor':'n','properties':{'kids':{'items':{'$dynamicRef':'#n'}}}}}}",
+	{ "{'allOf':[{'const':1}],'$defs':{'z':{'$ref':'#/allOf/0'}},'$ref':'#/$defs/z'}", "[1]",
+	  "[2]" },
+	{ "{'$id':'http://e/strict','$dynamicAnchor':'n','$ref':'http://e/"
+	  "tree','required':['s'],'$defs':{'t':"
+	  "{'$id':'http://e/"
+	  "tree','$dynamicAnchor':'n','properties':{'kids':{'items':{'$dynamicRef':'#n'}}}}}}",
 	  "[{'s':1,'kids':[{'s':1}]}]", "[{'s':1,'kids':[{}]}]" },
 	{ "{'properties':{'a':{}},'unevaluatedProperties':false}", "[{'a':1}]", "[{'b':1}]" },
-	{ "{'allOf':[{'properties':{'a':{}}},{'patternProperties':{'^x':{}}}],'unevaluatedProperties':false}",
+	{ "{'allOf':[{'properties':{'a':{}}},{'patternProperties':{'^x':{}}}],'"
+	  "unevaluatedProperties':false}",
 	  "[{'a':1,'xx':1}]", "[{'b':1}]" },
-	{ "{'anyOf':[{'properties':{'a':{'const':1}},'required':['a']},{'properties':{'b':{}}}],'unevaluatedProperties':false}",
+	{ "{'anyOf':[{'properties':{'a':{'const':1}},'required':['a']},{'properties':{'b':{}}}],'"
+	  "unevaluatedProperties':false}",
 	  "[{'a':1},{'b':1},{'a':1,'b':2}]", "[{'a':2},{'c':1}]" },
-	{ "{'if':{'properties':{'k':{'const':1}}},'then':{'properties':{'a':{}}},'else':{'properties':{'b':{}}},'unevaluatedProperties':false}",
+	{ "{'if':{'properties':{'k':{'const':1}}},'then':{'properties':{'a':{}}},'else':{'"
+	  "properties':{'b':{}}},'unevaluatedProperties':false}",
 	  "[{'k':1,'a':1},{'a':1}]", "[{'k':1,'b':1},{'k':2,'b':1}]" },
-	{ "{'not':{'properties':{'a':{'const':2}},'required':['a']},'unevaluatedProperties':false}", "[{}]", "[{'a':1}]" },
-	{ "{'$ref':'#/$defs/p','$defs':{'p':{'properties':{'a':{}}}},'unevaluatedProperties':{'type':'integer'}}",
+	{ "{'not':{'properties':{'a':{'const':2}},'required':['a']},'unevaluatedProperties':false}",
+	  "[{}]", "[{'a':1}]" },
+	{ "{'$ref':'#/$defs/"
+	  "p','$defs':{'p':{'properties':{'a':{}}}},'unevaluatedProperties':{'type':'integer'}}",
 	  "[{'a':'x','b':1}]", "[{'b':'x'}]" },
 	{ "{'additionalProperties':true,'unevaluatedProperties':false}", "[{'a':1}]", "[]" },
 	{ "{'prefixItems':[{}],'unevaluatedItems':false}", "[[1],[]]", "[[1,2]]" },
@@ -135,12 +149,15 @@ static const char *const broken[][3] = {
 	{ "{'type':'nonsense'}", "1", "no type \"nonsense\"" },
 	{ "{'type':7}", "1", "\"type\"" },
 	{ "{'pattern':'('}", "'a'", "does not compile" },
-	{ "{'pattern':'^(a+)+$'}", "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab'", "too long to match" },
+	{ "{'pattern':'^(a+)+$'}", "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab'",
+	  "too long to match" },
 	{ "{'$ref':'#/nowhere'}", "1", "leads nowhere" },
 	{ "{'$ref':'http://example.com/s.json'}", "1", "leads nowhere" },
 	{ "{'$ref':'#'}", "1", "go round" },
 	{ "{'allOf':[{'$ref':'#'}]}", "1", "go round" },
-	{ "{'anyOf':[{'$ref':'#/$defs/x'},{'$ref':'#/$defs/x'}],'$defs':{'x':{'anyOf':[{'$ref':'#'},{'$ref':'#'}]}}}", "1", "" },
+	{ "{'anyOf':[{'$ref':'#/$defs/x'},{'$ref':'#/$defs/"
+	  "x'}],'$defs':{'x':{'anyOf':[{'$ref':'#'},{'$ref':'#'}]}}}",
+	  "1", "" },
 	{ "{'required':true}", "{}", "\"required\"" },
 	{ "{'required':[1]}", "{}", "\"required\"" },
 	{ "{'enum':1}", "1", "\"enum\"" },
@@ -190,7 +207,8 @@ static void arguments_are_judged_more_strictly(void **state)
 	assert_int_equal(accepts("{}", "{'a':1}"), 0);
 	assert_int_equal(accepts("{'properties':{'a':{}}}", "{'a':1}"), 1);
 	assert_int_equal(accepts("{'properties':{'a':{}}}", "{'b':1}"), 0);
-	assert_int_equal(accepts("{'properties':{'a':{}},'unevaluatedProperties':true}", "{'b':1}"), 1);
+	assert_int_equal(accepts("{'properties':{'a':{}},'unevaluatedProperties':true}", "{'b':1}"),
+	                 1);
 	assert_int_equal(accepts("{'properties':{'a':{'type':'VARCHAR(20)'}}}", "{'a':'x'}"), 1);
 	assert_int_equal(accepts("{'properties':{'a':{'type':'INTEGER'}}}", "{'a':'x'}"), 0);
 	assert_int_equal(accepts("{'properties':{'a':{'type':['dict','int']}}}", "{'a':{}}"), 1);
@@ -204,7 +222,8 @@ static enum km_tool_name_kind name_kind(const char *header, const json_t *tools,
 	const char *name = "";
 	size_t len = 0;
 	bool prefixed;
-	enum km_tool_name_kind kind = km_tool_name(header, strlen(header), tools, &name, &len, &prefixed);
+	enum km_tool_name_kind kind =
+		km_tool_name(header, strlen(header), tools, &name, &len, &prefixed);
 
 	km_buf_clear(out);
 	km_buf_append(out, name, len);
@@ -214,16 +233,32 @@ static enum km_tool_name_kind name_kind(const char *header, const json_t *tools,
 static void names_come_from_ids(void **state)
 {
 	static const char *const named[][2] = {
-		{ "functions.a:0", "a" }, { "a:12", "a" }, { "functions.a.b-c_d:1", "a.b-c_d" },
-		{ "functions.functions.a:0", "functions.a" }, { "functions.:0", "functions." },
-		{ "functions:0", "functions" }, { "functions.\xe5\x86\x99:3", "\xe5\x86\x99" }, { "..:1", ".." },
+		{ "functions.a:0", "a" },
+		{ "a:12", "a" },
+		{ "functions.a.b-c_d:1", "a.b-c_d" },
+		{ "functions.functions.a:0", "functions.a" },
+		{ "functions.:0", "functions." },
+		{ "functions:0", "functions" },
+		{ "functions.\xe5\x86\x99:3", "\xe5\x86\x99" },
+		{ "..:1", ".." },
 	};
 	static const char *const nameless[] = {
-		"", "0", "call_1", "functions.a", "functions.a:", ":0", "a b:0", "a:b:0", "functions.a:0x", "a@b:0",
-		"functions.a :0", "550e8400-e29b-41d4-a716-446655440000",
+		"",
+		"0",
+		"call_1",
+		"functions.a",
+		"functions.a:",
+		":0",
+		"a b:0",
+		"a:b:0",
+		"functions.a:0x",
+		"a@b:0",
+		"functions.a :0",
+		"550e8400-e29b-41d4-a716-446655440000",
 	};
 	json_t *one = json("[{'type':'function','function':{'name':'only'}}]"), *none = json("[]");
-	json_t *two = json("[{'function':{'name':'a'}},{'function':{'name':'b'}}]"), *odd = json("[{'function':{}}]");
+	json_t *two = json("[{'function':{'name':'a'}},{'function':{'name':'b'}}]"),
+	       *odd = json("[{'function':{}}]");
 	km_buf out = KM_BUF_INIT;
 
 	(void)state;
@@ -248,12 +283,21 @@ static void names_come_from_ids(void **state)
 
 static void inference_needs_exactly_one(void **state)
 {
-	json_t *tools = json("[{'function':{'name':'a','parameters':{'properties':{'x':{'type':'integer'}},'required':['x']}}},"
-	                     "{'function':{'name':'b','parameters':{'properties':{'x':{},'y':{}},'required':['x']}}},"
+	json_t *tools = json("[{'function':{'name':'a','parameters':{'properties':{'x':{'type':'"
+	                     "integer'}},'required':['x']}}},"
+	                     "{'function':{'name':'b','parameters':{'properties':{'x':{},'y':{}},'"
+	                     "required':['x']}}},"
 	                     "{'name':'c','parameters':{'properties':{'z':{}},'required':['z']}}]");
 	static const char *const given[][2] = {
-		{ "{\"x\":1}", NULL }, { "{\"x\":\"s\"}", "b" }, { "{\"x\":1,\"y\":2}", "b" }, { "{\"z\":1}", "c" },
-		{ "{}", NULL }, { "[1]", NULL }, { "{\"z\":", NULL }, { "", NULL }, { "{\"q\":1}", NULL },
+		{ "{\"x\":1}", NULL },
+		{ "{\"x\":\"s\"}", "b" },
+		{ "{\"x\":1,\"y\":2}", "b" },
+		{ "{\"z\":1}", "c" },
+		{ "{}", NULL },
+		{ "[1]", NULL },
+		{ "{\"z\":", NULL },
+		{ "", NULL },
+		{ "{\"q\":1}", NULL },
 	};
 
 	(void)state;

@@ -223,7 +223,8 @@ int main(void)
 		cmocka_unit_test_setup_teardown(stopping_drains_and_stopping_twice_does_not, set_up,
 		                                tear_down),
 		cmocka_unit_test_setup_teardown(a_failed_device_ends_the_server, set_up, tear_down),
-		cmocka_unit_test_setup_teardown(a_failed_device_refuses_what_comes, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(a_failed_device_refuses_what_comes, set_up,
+		                                tear_down),
 		cmocka_unit_test_setup_teardown(a_failed_device_ends_a_batch, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(time_in_the_queue_is_counted, set_up, tear_down),
 	};

@@ -31,8 +31,10 @@ static int collect(void *ctx, enum km_sse_kind kind, const char *text, size_t le
 
 static void events_are_read_however_they_are_cut(void **state)
 {
-	static const char stream[] = "\xef\xbb\xbf" "data: one\n\ndata:two\r\n\r\n: ping\rdata: a\rdata: b\r\r"
-	                             "event: x\nid: 7\ndata\ndata:  c\n\nretry: 5\n\nnothing: here\n\ndata: [DONE]\n\ndata: cut\n";
+	static const char stream[] = "\xef\xbb\xbf"
+				     "data: one\n\ndata:two\r\n\r\n: ping\rdata: a\rdata: b\r\r"
+				     "event: x\nid: 7\ndata\ndata:  c\n\nretry: 5\n\nnothing: "
+	                             "here\n\ndata: [DONE]\n\ndata: cut\n";
 	static const char expected[] = "[one][two]#ping\n[a\nb][\n c][[DONE]]";
 
 	(void)state;
@@ -45,7 +47,9 @@ static void events_are_read_however_they_are_cut(void **state)
 		for (size_t at = 0; at < sizeof(stream) - 1; at += step) {
 			size_t n = sizeof(stream) - 1 - at;
 
-			assert_int_equal(km_sse_reader_push(&reader, stream + at, n < step ? n : step, &err), 0);
+			assert_int_equal(
+				km_sse_reader_push(&reader, stream + at, n < step ? n : step, &err),
+				0);
 		}
 		assert_string_equal(out.data, expected);
 		assert_true(km_sse_reader_cut(&reader));
@@ -79,7 +83,8 @@ static void what_is_written_is_read(void **state)
 	km_sse_comment(&text, "ping", 4);
 	km_sse_data(&text, "", 0);
 	km_sse_done(&text);
-	assert_string_equal(text.data, "data: a\ndata: \ndata: b\n\n: ping\n\ndata: \n\ndata: [DONE]\n\n");
+	assert_string_equal(text.data,
+	                    "data: a\ndata: \ndata: b\n\n: ping\n\ndata: \n\ndata: [DONE]\n\n");
 	km_sse_reader_init(&reader, 0, collect, &out);
 	assert_int_equal(km_sse_reader_push(&reader, text.data, text.len, &err), 0);
 	assert_string_equal(out.data, "[a\n\nb]#ping\n[][[DONE]]");
@@ -118,7 +123,8 @@ static int client_event(void *ctx, enum km_sse_kind kind, const char *text, size
 		c->usages++;
 	choice = json_array_get(json_object_get(chunk, "choices"), 0);
 	if (choice)
-		assert_string_equal(json_string_value(json_object_get(chunk, "object")), "chat.completion.chunk");
+		assert_string_equal(json_string_value(json_object_get(chunk, "object")),
+		                    "chat.completion.chunk");
 	if (json_object_get(choice, "logprobs"))
 		c->logprobs++;
 	delta = json_object_get(choice, "delta");
@@ -130,11 +136,16 @@ static int client_event(void *ctx, enum km_sse_kind kind, const char *text, size
 		km_buf_puts(&c->reasoning, s);
 	call = json_array_get(json_object_get(delta, "tool_calls"), 0);
 	if ((s = json_string_value(json_object_get(call, "id"))))
-		km_buf_printf(&c->calls, " %d:%s:", (int)json_integer_value(json_object_get(call, "index")), s);
-	if ((s = json_string_value(json_object_get(json_object_get(call, "function"), "arguments"))))
+		km_buf_printf(&c->calls,
+		              " %d:%s:", (int)json_integer_value(json_object_get(call, "index")),
+		              s);
+	if ((s = json_string_value(
+		     json_object_get(json_object_get(call, "function"), "arguments"))))
 		km_buf_puts(&c->calls, s);
 	if ((s = json_string_value(json_object_get(choice, "finish_reason"))))
-		c->finish = !strcmp(s, "stop") ? "stop" : !strcmp(s, "tool_calls") ? "tool_calls" : "other";
+		c->finish = !strcmp(s, "stop")         ? "stop"
+		            : !strcmp(s, "tool_calls") ? "tool_calls"
+		                                       : "other";
 	json_decref(chunk);
 	return 0;
 }
@@ -160,7 +171,9 @@ static int repaired(const char *stream, size_t len, size_t step, const km_parser
 	km_buf_puts(&c->calls, "");
 	km_sse_repair_init(repair, options, 1 << 20);
 	for (size_t at = 0; at < len; at += step)
-		assert_int_equal(km_sse_repair_push(repair, stream + at, len - at < step ? len - at : step, &out, err), 0);
+		assert_int_equal(km_sse_repair_push(repair, stream + at,
+		                                    len - at < step ? len - at : step, &out, err),
+		                 0);
 	rc = km_sse_repair_end(repair, err);
 	km_sse_repair_release(repair);
 	km_sse_reader_init(&reader, 0, client_event, c);
@@ -191,7 +204,9 @@ static void check(const char *stream, const char *content, const char *reasoning
 	}
 }
 
-#define HEAD "{\"id\":\"c1\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\",\"choices\":[{\"index\":0,"
+#define HEAD                                                                                       \
+	"{\"id\":\"c1\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\","       \
+	"\"choices\":[{\"index\":0,"
 #define DELTA(members) "data: " HEAD "\"delta\":{" members "},\"finish_reason\":null}]}\n\n"
 #define FINISH(reason) "data: " HEAD "\"delta\":{},\"finish_reason\":\"" reason "\"}]}\n\n"
 #define DONE "data: [DONE]\n\n"
@@ -200,19 +215,24 @@ static void check(const char *stream, const char *content, const char *reasoning
 static void leaked_markers_become_calls(void **state)
 {
 	(void)state;
-	check(ROLE DELTA("\"content\":\"<think>hm</think>I look. \"") DELTA("\"content\":\"" S B "functions.f:0" "\"")
-	              DELTA("\"content\":\"" A "{}<|tool_call\"") DELTA("\"content\":\"_end|>" E "\"") FINISH("stop") DONE,
+	check(ROLE DELTA("\"content\":\"<think>hm</think>I look. \"")
+	              DELTA("\"content\":\"" S B "functions.f:0"
+	                    "\"") DELTA("\"content\":\"" A "{}<|tool_call\"")
+	                      DELTA("\"content\":\"_end|>" E "\"") FINISH("stop") DONE,
 	      "I look. ", "hm", " 0:functions.f:2:{}", "tool_calls");
 }
 
 static void reasoning_that_the_engine_found_is_kept(void **state)
 {
 	(void)state;
-	check(ROLE DELTA("\"reasoning_content\":\"I th\",\"content\":null") DELTA("\"reasoning\":\"ink" S B "functions.f:0\"")
-	              DELTA("\"reasoning_content\":\"" A "{}" C E "\"") DELTA("\"content\":\"done\"") FINISH("stop") DONE,
+	check(ROLE DELTA("\"reasoning_content\":\"I th\",\"content\":null")
+	              DELTA("\"reasoning\":\"ink" S B "functions.f:0\"")
+	                      DELTA("\"reasoning_content\":\"" A "{}" C E "\"")
+	                              DELTA("\"content\":\"done\"") FINISH("stop") DONE,
 	      "done", "I think", " 0:functions.f:2:{}", "tool_calls");
-	check(DELTA("\"reasoning_content\":\"a\"") DELTA("\"content\":\"b\"") DELTA("\"reasoning_content\":\"c\"")
-	              DELTA("\"content\":\"d\"") FINISH("stop") DONE,
+	check(DELTA("\"reasoning_content\":\"a\"") DELTA("\"content\":\"b\"")
+	              DELTA("\"reasoning_content\":\"c\"") DELTA("\"content\":\"d\"") FINISH("stop")
+	                      DONE,
 	      "bd", "ac", "", "stop");
 }
 
@@ -220,8 +240,10 @@ static void calls_that_the_engine_found_are_renumbered(void **state)
 {
 	(void)state;
 	check(ROLE DELTA("\"content\":\"x" B "functions.a:0" A "{}" C "\"")
-	              DELTA("\"tool_calls\":[{\"index\":0,\"id\":\"call_9\",\"type\":\"function\",\"function\":{\"name\":\"b\",\"arguments\":\"{\"}}]")
-	                      DELTA("\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"}\"}}]") FINISH("tool_calls") DONE,
+	              DELTA("\"tool_calls\":[{\"index\":0,\"id\":\"call_9\",\"type\":\"function\","
+	                    "\"function\":{\"name\":\"b\",\"arguments\":\"{\"}}]") DELTA(
+			      "\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"}\"}}]")
+	                      FINISH("tool_calls") DONE,
 	      "x", "", " 0:functions.a:2:{} 1:functions.b:3:{}", "tool_calls");
 	/* An engine that says tool_calls and has none. */
 	check(DELTA("\"content\":\"x" S E "\"") FINISH("tool_calls") DONE, "x", "", "", "stop");
@@ -232,19 +254,24 @@ static void calls_that_the_engine_found_are_renumbered(void **state)
 static void completions_become_chat(void **state)
 {
 	(void)state;
-	check("data: {\"id\":\"x\",\"object\":\"text_completion\",\"choices\":[{\"index\":0,\"text\":\"<think>a</think>b" B
-	      "functions.f:7\",\"logprobs\":null,\"finish_reason\":null}]}\n\n"
-	      "data: {\"id\":\"x\",\"object\":\"text_completion\",\"choices\":[{\"index\":0,\"text\":\"" A "{}" C
-	      "\",\"finish_reason\":\"stop\"}]}\n\n" DONE,
+	check("data: "
+	      "{\"id\":\"x\",\"object\":\"text_completion\",\"choices\":[{\"index\":0,\"text\":\"<"
+	      "think>a</think>b" B "functions.f:7\",\"logprobs\":null,\"finish_reason\":null}]}\n\n"
+	      "data: "
+	      "{\"id\":\"x\",\"object\":\"text_completion\",\"choices\":[{\"index\":0,\"text\":\"" A
+	      "{}" C "\",\"finish_reason\":\"stop\"}]}\n\n" DONE,
 	      "b", "a", " 0:functions.f:2:{}", "tool_calls");
 }
 
 static void what_is_beside_the_text_is_handed_on(void **state)
 {
 	static const char stream[] =
-		ROLE "data: " HEAD "\"delta\":{\"content\":\"<|tool_\"},\"logprobs\":{\"content\":[1]},\"finish_reason\":null}]}\n\n"
-		DELTA("\"content\":\"x\",\"refusal\":\"no\"") FINISH("stop")
-		"data: {\"id\":\"c1\",\"choices\":[],\"usage\":{\"total_tokens\":3}}\n\n: ping\n\n" DONE;
+		ROLE "data: " HEAD
+		     "\"delta\":{\"content\":\"<|tool_\"},\"logprobs\":{\"content\":[1]},\"finish_"
+	             "reason\":null}]}\n\n" DELTA("\"content\":\"x\",\"refusal\":\"no\"")
+			     FINISH("stop") "data: "
+	                                    "{\"id\":\"c1\",\"choices\":[],\"usage\":{\"total_"
+	                                    "tokens\":3}}\n\n: ping\n\n" DONE;
 	struct client c;
 	km_err err;
 
@@ -259,10 +286,15 @@ static void what_is_beside_the_text_is_handed_on(void **state)
 
 static void choices_are_kept_apart(void **state)
 {
-	static const char stream[] =
-		"data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a<|tool_call\"}},{\"index\":1,\"delta\":{\"content\":\"b\"}}]}\n\n"
-		"data: {\"choices\":[{\"index\":1,\"delta\":{\"content\":\"_end|>\"},\"finish_reason\":\"stop\"}]}\n\n"
-		"data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"_end|>\"},\"finish_reason\":\"stop\"}]}\n\n" DONE;
+	static const char stream[] = "data: "
+	                             "{\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a<|tool_"
+	                             "call\"}},{\"index\":1,\"delta\":{\"content\":\"b\"}}]}\n\n"
+				     "data: "
+	                             "{\"choices\":[{\"index\":1,\"delta\":{\"content\":\"_end|>\"}"
+	                             ",\"finish_reason\":\"stop\"}]}\n\n"
+				     "data: "
+	                             "{\"choices\":[{\"index\":0,\"delta\":{\"content\":\"_end|>\"}"
+	                             ",\"finish_reason\":\"stop\"}]}\n\n" DONE;
 	struct client c;
 	km_err err;
 
@@ -274,9 +306,11 @@ static void choices_are_kept_apart(void **state)
 
 static void cut_streams_say_so(void **state)
 {
-	static const char stream[] = ROLE DELTA("\"content\":\"sure, " B "functions.f:0" A "{\\\"a\\\": 1<|tool\"")
-		DELTA("\"content\":\"_call_end|>\"") FINISH("stop") DONE;
-	size_t first = strlen(ROLE DELTA("\"content\":\"sure, " B "functions.f:0" A "{\\\"a\\\": 1<|tool\""));
+	static const char stream[] =
+		ROLE DELTA("\"content\":\"sure, " B "functions.f:0" A "{\\\"a\\\": 1<|tool\"")
+			DELTA("\"content\":\"_call_end|>\"") FINISH("stop") DONE;
+	size_t first = strlen(
+		ROLE DELTA("\"content\":\"sure, " B "functions.f:0" A "{\\\"a\\\": 1<|tool\""));
 	struct client c;
 	km_err err;
 
@@ -284,7 +318,8 @@ static void cut_streams_say_so(void **state)
 	for (size_t len = 0; len < sizeof(stream) - 1; len++) {
 		int rc = repaired(stream, len, 64, &both, &c, &err);
 
-		if (len < sizeof(stream) - 2) { /* the last newline ends the event's line, and the one before it */
+		/* the last newline ends the event's line, and the one before it */
+		if (len < sizeof(stream) - 2) {
 			assert_int_equal(rc, KM_EFORMAT);
 			assert_non_null(strstr(err.msg, "ends without [DONE]"));
 		}
@@ -302,14 +337,16 @@ static void errors_in_the_stream_are_remembered(void **state)
 		{ "data: {\"error\":{\"message\":\"x\"}}\n\n" DONE, "an error of the server" },
 		{ "data: not json\n\n" DONE, "not a JSON object" },
 		{ DELTA("\"content\":\"a\"") DONE, "no finish_reason" },
-		{ "data: {\"choices\":[{\"index\":999,\"delta\":{}}]}\n\n" DONE, "index out of range" },
+		{ "data: {\"choices\":[{\"index\":999,\"delta\":{}}]}\n\n" DONE,
+		  "index out of range" },
 	};
 	struct client c;
 	km_err err;
 
 	(void)state;
 	for (size_t i = 0; i < sizeof(streams) / sizeof(*streams); i++) {
-		assert_int_equal(repaired(streams[i][0], strlen(streams[i][0]), 9, &both, &c, &err), KM_EFORMAT);
+		assert_int_equal(repaired(streams[i][0], strlen(streams[i][0]), 9, &both, &c, &err),
+		                 KM_EFORMAT);
 		assert_non_null(strstr(err.msg, streams[i][1]));
 		client_release(&c);
 	}
@@ -318,13 +355,15 @@ static void errors_in_the_stream_are_remembered(void **state)
 static void text_that_is_not_utf8_is_replaced(void **state)
 {
 	(void)state;
-	check(DELTA("\"content\":\"a\xff" "b\\ud83d\"") DELTA("\"content\":\"c\"") FINISH("stop") DONE,
+	check(DELTA("\"content\":\"a\xff"
+	            "b\\ud83d\"") DELTA("\"content\":\"c\"") FINISH("stop") DONE,
 	      "a\uFFFDb\uFFFDc", "", "", "stop");
 }
 
 static void with_the_reasoning_parser_off(void **state)
 {
-	static const char stream[] = DELTA("\"reasoning_content\":\"a\"") DELTA("\"content\":\"<think>b\"") FINISH("stop") DONE;
+	static const char stream[] = DELTA("\"reasoning_content\":\"a\"")
+		DELTA("\"content\":\"<think>b\"") FINISH("stop") DONE;
 	km_parser_options tools = { .tools = true };
 	struct client c;
 	km_err err;

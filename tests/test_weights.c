@@ -133,8 +133,8 @@ static void bend_dtype(fake_checkpoint *f, km_config *c)
 static void bend_scale(fake_checkpoint *f, km_config *c)
 {
 	(void)c;
-	fake_reshape(fake_find(f, "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"), KM_F32, 2,
-	             (int64_t[]){ 1, 1 });
+	fake_reshape(fake_find(f, "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"),
+	             KM_F32, 2, (int64_t[]){ 1, 1 });
 }
 
 static void bend_vision(fake_checkpoint *f, km_config *c)
@@ -150,23 +150,28 @@ static void unpack_one(fake_checkpoint *f, km_config *c)
 	fake_remove(f, "model.layers.1.mlp.experts.0.gate_proj.weight_packed");
 	fake_remove(f, "model.layers.1.mlp.experts.0.gate_proj.weight_scale");
 	fake_remove(f, "model.layers.1.mlp.experts.0.gate_proj.weight_shape");
-	fake_add(f, "model.layers.1.mlp.experts.0.gate_proj.weight", KM_BF16, 2, (int64_t[]){ 64, 256 });
+	fake_add(f, "model.layers.1.mlp.experts.0.gate_proj.weight", KM_BF16, 2,
+	         (int64_t[]){ 64, 256 });
 }
 
 static void pack_one(fake_checkpoint *f, km_config *c)
 {
 	(void)c;
 	fake_remove(f, "model.layers.1.self_attn.o_proj.weight");
-	fake_add(f, "model.layers.1.self_attn.o_proj.weight_packed", KM_I32, 2, (int64_t[]){ 256, 16 });
-	fake_add(f, "model.layers.1.self_attn.o_proj.weight_scale", KM_BF16, 2, (int64_t[]){ 256, 4 });
+	fake_add(f, "model.layers.1.self_attn.o_proj.weight_packed", KM_I32, 2,
+	         (int64_t[]){ 256, 16 });
+	fake_add(f, "model.layers.1.self_attn.o_proj.weight_scale", KM_BF16, 2,
+	         (int64_t[]){ 256, 4 });
 	fake_add(f, "model.layers.1.self_attn.o_proj.weight_shape", KM_I32, 1, (int64_t[]){ 2 });
 }
 
 static void fp8_one(fake_checkpoint *f, km_config *c)
 {
 	(void)c;
-	fake_reshape(fake_find(f, "model.layers.1.self_attn.o_proj.weight"), KM_F8_E4M3, 2, (int64_t[]){ 256, 128 });
-	fake_add(f, "model.layers.1.self_attn.o_proj.weight_scale_inv", KM_F32, 2, (int64_t[]){ 2, 1 });
+	fake_reshape(fake_find(f, "model.layers.1.self_attn.o_proj.weight"), KM_F8_E4M3, 2,
+	             (int64_t[]){ 256, 128 });
+	fake_add(f, "model.layers.1.self_attn.o_proj.weight_scale_inv", KM_F32, 2,
+	         (int64_t[]){ 2, 1 });
 }
 
 static void both_forms(fake_checkpoint *f, km_config *c)
@@ -184,13 +189,15 @@ static void nan_norm(fake_checkpoint *f, km_config *c)
 static void nan_scale(fake_checkpoint *f, km_config *c)
 {
 	(void)c;
-	((uint16_t *)(uintptr_t)fake_find(f, "model.layers.3.mlp.experts.15.down_proj.weight_scale")->data)[9] = 0xffc1;
+	((uint16_t *)(uintptr_t)fake_find(f, "model.layers.3.mlp.experts.15.down_proj.weight_scale")
+	         ->data)[9] = 0xffc1;
 }
 
 static void minus_scale(fake_checkpoint *f, km_config *c)
 {
 	(void)c;
-	((float *)(uintptr_t)fake_find(f, "model.layers.1.self_attn.o_proj.weight_scale_inv")->data)[1] = -1;
+	((float *)(uintptr_t)fake_find(f, "model.layers.1.self_attn.o_proj.weight_scale_inv")
+	         ->data)[1] = -1;
 }
 
 static void odd_groups(fake_checkpoint *f, km_config *c)
@@ -225,34 +232,45 @@ static const struct bend bends[] = {
 	  ": tensor model.layers.1.mlp.gate.e_score_correction_bias is missing" },
 	{ "tiny-k2", add_extra, KM_EFORMAT,
 	  "/model.safetensors: tensor model.layers.1.mlp.gate.weight_g_idx is extra" },
-	{ "tiny-k2", add_layer, KM_EFORMAT, "tensor model.layers.4.input_layernorm.weight is extra" },
+	{ "tiny-k2", add_layer, KM_EFORMAT,
+	  "tensor model.layers.4.input_layernorm.weight is extra" },
 	{ "tiny-k2", add_stranger, KM_EFORMAT, "tensor transformer.wte.weight is extra" },
 	{ "tiny-k2-thinking", bend_shape, KM_EFORMAT,
-	  "model.layers.1.self_attn.kv_a_proj_with_mqa.weight: BF16 [80, 256] is expected, this is BF16 [81, 256]" },
+	  "model.layers.1.self_attn.kv_a_proj_with_mqa.weight: BF16 [80, 256] is expected, this is "
+	  "BF16 [81, 256]" },
 	{ "tiny-k2-thinking", bend_dtype, KM_EFORMAT,
 	  "gate_proj.weight_packed: I32 [64, 32] is expected, this is U8 [64, 32]" },
-	{ "tiny-k2", bend_scale, KM_EFORMAT, "weight_scale_inv: F32 [1, 2] is expected, this is F32 [1, 1]" },
+	{ "tiny-k2", bend_scale, KM_EFORMAT,
+	  "weight_scale_inv: F32 [1, 2] is expected, this is F32 [1, 1]" },
 	{ "tiny-k25", bend_vision, KM_EFORMAT,
-	  "vision_tower.encoder.blocks.1.wqkv.weight: BF16 [192, 64] is expected, this is BF16 [3, 64]" },
+	  "vision_tower.encoder.blocks.1.wqkv.weight: BF16 [192, 64] is expected, this is BF16 [3, "
+	  "64]" },
 	{ "tiny-k2-thinking", unpack_one, KM_EFORMAT,
-	  "tensor model.layers.1.mlp.experts.0.gate_proj.weight is stored as BF16, but quantization_config says "
+	  "tensor model.layers.1.mlp.experts.0.gate_proj.weight is stored as BF16, but "
+	  "quantization_config says "
 	  "that this module is packed int4" },
 	{ "tiny-k2-thinking", pack_one, KM_EFORMAT,
-	  "tensor model.layers.1.self_attn.o_proj.weight_packed is quantised, but quantization_config leaves this "
+	  "tensor model.layers.1.self_attn.o_proj.weight_packed is quantised, but "
+	  "quantization_config leaves this "
 	  "module out" },
-	{ "tiny-k2-thinking", fp8_one, KM_EFORMAT, "tensor model.layers.1.self_attn.o_proj.weight" },
+	{ "tiny-k2-thinking", fp8_one, KM_EFORMAT,
+	  "tensor model.layers.1.self_attn.o_proj.weight" },
 	{ "tiny-k25", both_forms, KM_EFORMAT,
 	  "tensors language_model.lm_head.weight and lm_head.weight are the same weight" },
-	{ "tiny-k2", nan_norm, KM_EFORMAT, "tensor model.norm.weight: element 7 is not a finite number" },
+	{ "tiny-k2", nan_norm, KM_EFORMAT,
+	  "tensor model.norm.weight: element 7 is not a finite number" },
 	{ "tiny-k2-thinking", nan_scale, KM_EFORMAT,
 	  "experts.15.down_proj.weight_scale: scale 9 is not a finite number" },
 	{ "tiny-k2", minus_scale, KM_EFORMAT, "o_proj.weight_scale_inv: scale 1 is negative" },
 	{ "tiny-k2-thinking", odd_groups, KM_EFORMAT,
-	  "layers.1.mlp.experts.0.down_proj: its 72 columns cannot be packed as int4 in groups of 32" },
+	  "layers.1.mlp.experts.0.down_proj: its 72 columns cannot be packed as int4 in groups of "
+	  "32" },
 	{ "tiny-k2", too_many_rows, KM_ELIMIT,
 	  "layers.0.self_attn.q_b_proj: a size of 4296015872 is more than is supported" },
-	{ "tiny-k25", part_of_a_tower, KM_ENOTFOUND, "tensor mm_projector.pre_norm.weight is missing" },
-	{ "tiny-k25", no_tower, KM_EFORMAT, "tensor vision_tower.patch_embed.proj.weight is extra" },
+	{ "tiny-k25", part_of_a_tower, KM_ENOTFOUND,
+	  "tensor mm_projector.pre_norm.weight is missing" },
+	{ "tiny-k25", no_tower, KM_EFORMAT,
+	  "tensor vision_tower.patch_embed.proj.weight is extra" },
 };
 
 static void each_wrong_tensor_is_named(void **state)
@@ -272,7 +290,8 @@ static void each_wrong_tensor_is_named(void **state)
 		fake_write(&fake, dir, 1);
 		rc = km_weights_open(&w, &c, dir, &err);
 		if (rc != bends[i].code || !strstr(err.msg, bends[i].says))
-			fail_msg("case %zu: code %d, '%s', not '%s'", i, rc, err.msg, bends[i].says);
+			fail_msg("case %zu: code %d, '%s', not '%s'", i, rc, err.msg,
+			         bends[i].says);
 		fake_release(&fake);
 		km_config_release(&c);
 		remove_dir(dir);
@@ -372,7 +391,8 @@ static void names_have_three_spellings(void **state)
 			fake_rename(&fake.tensors[i], other);
 		free(other);
 	}
-	fake_add(&fake, "language_model.model.layers.0.self_attn.rotary_emb.inv_freq", KM_F32, 1, (int64_t[]){ 8 });
+	fake_add(&fake, "language_model.model.layers.0.self_attn.rotary_emb.inv_freq", KM_F32, 1,
+	         (int64_t[]){ 8 });
 	fake_write(&fake, dir, 1);
 	if (km_weights_open(&w, &c, dir, &err) < 0)
 		fail_msg("%s", err.msg);
@@ -414,10 +434,12 @@ static void ignore_rules_decide_what_is_quantised(void **state)
 	static const char *const lists[][2] = {
 		{ "re:.*self_attn.*", "lm_head" },
 		{ "model.layers.3.self_attn.o_proj", "re:language_model\\.lm_head" },
-		{ "re:self_attn", "re:.*layers\\.(1|2)\\.mlp.*" }, /* matched from the start: never */
+		{ "re:self_attn",
+		  "re:.*layers\\.(1|2)\\.mlp.*" }, /* matched from the start: never */
 	};
 	static const char *const slow[] = { "re:.*layers\\.((a|aa)+)+[!?]", "x" };
-	static const char *const bad[] = { "re:(", "x" }, *const parts[] = { "mlp.shared_experts", "o_pro" };
+	static const char *const bad[] = { "re:(", "x" }, *const parts[] = { "mlp.shared_experts",
+		                                                             "o_pro" };
 	static const bool attention[] = { true, true, false }, head[] = { true, true, false };
 	km_ignore_rules *rules;
 	km_config c;
@@ -426,11 +448,15 @@ static void ignore_rules_decide_what_is_quantised(void **state)
 	(void)state;
 	for (int i = 0; i < 3; i++) {
 		c = (km_config){ .kind = KM_KIND_KIMI_K25,
-			         .quant = { .method = KM_QUANT_INT4_PACKED, .ignore_count = 2, .ignore = (char **)(uintptr_t)lists[i] } };
+			         .quant = { .method = KM_QUANT_INT4_PACKED,
+			                    .ignore_count = 2,
+			                    .ignore = (char **)(uintptr_t)lists[i] } };
 		assert_int_equal(km_ignore_rules_open(&rules, &c, &err), 0);
-		assert_int_equal(km_ignore_rules_match(rules, "layers.3.self_attn.o_proj", &err), attention[i]);
+		assert_int_equal(km_ignore_rules_match(rules, "layers.3.self_attn.o_proj", &err),
+		                 attention[i]);
 		assert_int_equal(km_ignore_rules_match(rules, "lm_head", &err), head[i]);
-		assert_int_equal(0, km_ignore_rules_match(rules, "layers.3.mlp.experts.1.up_proj", &err));
+		assert_int_equal(
+			0, km_ignore_rules_match(rules, "layers.3.mlp.experts.1.up_proj", &err));
 		km_ignore_rules_close(rules);
 	}
 	c.quant.ignore = (char **)(uintptr_t)bad;
@@ -438,13 +464,16 @@ static void ignore_rules_decide_what_is_quantised(void **state)
 	assert_non_null(strstr(err.msg, "\"re:(\" is not a regular expression"));
 	c.quant.ignore = (char **)(uintptr_t)slow;
 	assert_int_equal(km_ignore_rules_open(&rules, &c, &err), 0);
-	assert_int_equal(km_ignore_rules_match(rules, "layers.aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", &err), KM_ELIMIT);
+	assert_int_equal(
+		km_ignore_rules_match(rules, "layers.aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", &err),
+		KM_ELIMIT);
 	assert_non_null(strstr(err.msg, "pattern 0 takes too many steps"));
 	km_ignore_rules_close(rules);
 	c.quant.method = KM_QUANT_FP8_BLOCK;
 	c.quant.ignore = (char **)(uintptr_t)parts;
 	assert_int_equal(km_ignore_rules_open(&rules, &c, &err), 0);
-	assert_int_equal(km_ignore_rules_match(rules, "layers.3.mlp.shared_experts.up_proj", &err), 1);
+	assert_int_equal(km_ignore_rules_match(rules, "layers.3.mlp.shared_experts.up_proj", &err),
+	                 1);
 	assert_int_equal(0, km_ignore_rules_match(rules, "layers.3.self_attn.o_proj", &err));
 	km_ignore_rules_close(rules);
 }
@@ -492,7 +521,8 @@ static float element(const km_weight *w, int row, int col)
 		       km_bf16_to_f32(((const uint16_t *)w->scale)[scale]);
 	}
 	assert_int_equal(w->type, KM_W_FP8);
-	scale = (size_t)(row / w->block_rows) * (size_t)((w->cols + w->block_cols - 1) / w->block_cols) +
+	scale = (size_t)(row / w->block_rows) *
+	                (size_t)((w->cols + w->block_cols - 1) / w->block_cols) +
 	        (size_t)(col / w->block_cols);
 	return km_f8_e4m3_to_f32(((const uint8_t *)w->data)[at]) * ((const float *)w->scale)[scale];
 }
@@ -516,15 +546,16 @@ static void same_numbers(const km_weight *w, const char *dir, const char *module
 	for (int r = 0; r < w->rows; r++)
 		for (int c = 0; c < w->cols; c++)
 			if (element(w, r, c) != want[r * w->cols + c])
-				fail_msg("%s[%d, %d] is %a, not %a", module, r, c, (double)element(w, r, c),
-				         (double)want[r * w->cols + c]);
+				fail_msg("%s[%d, %d] is %a, not %a", module, r, c,
+				         (double)element(w, r, c), (double)want[r * w->cols + c]);
 	km_safetensors_close(&file);
 	free(path);
 }
 
 static void what_other_libraries_made_reads_the_same(void **state)
 {
-	static const char *const dirs[] = { "tests/data/checkpoint/int4", "tests/data/checkpoint/fp8" };
+	static const char *const dirs[] = { "tests/data/checkpoint/int4",
+		                            "tests/data/checkpoint/fp8" };
 
 	(void)state;
 	for (int i = 0; i < 2; i++) {
@@ -532,14 +563,18 @@ static void what_other_libraries_made_reads_the_same(void **state)
 		km_config c;
 		km_err err;
 
-		if (km_config_load(&c, dirs[i], &err) < 0 || km_weights_open(&w, &c, dirs[i], &err) < 0)
+		if (km_config_load(&c, dirs[i], &err) < 0 ||
+		    km_weights_open(&w, &c, dirs[i], &err) < 0)
 			fail_msg("%s", err.msg);
 		if (i == 0) {
-			same_numbers(&w.layer[1].expert_down[1], dirs[i], "model.layers.1.mlp.experts.1.down_proj");
+			same_numbers(&w.layer[1].expert_down[1], dirs[i],
+			             "model.layers.1.mlp.experts.1.down_proj");
 		} else {
 			assert_int_equal(w.layer[1].expert_gate[1].rows % 128, 16);
-			same_numbers(&w.layer[1].expert_gate[1], dirs[i], "model.layers.1.mlp.experts.1.gate_proj");
-			same_numbers(&w.layer[1].kv_a, dirs[i], "model.layers.1.self_attn.kv_a_proj_with_mqa");
+			same_numbers(&w.layer[1].expert_gate[1], dirs[i],
+			             "model.layers.1.mlp.experts.1.gate_proj");
+			same_numbers(&w.layer[1].kv_a, dirs[i],
+			             "model.layers.1.self_attn.kv_a_proj_with_mqa");
 		}
 		km_weights_close(&w);
 		km_config_release(&c);
@@ -620,12 +655,14 @@ static void the_largest_checkpoint_opens_fast(void **state)
 	assert_int_equal(km_inventory_visit(&c, add_big, &big, &err), 0);
 	km_buf_puts(&index, "{\"metadata\":{\"total_size\":595148192736},\"weight_map\":{");
 	for (int s = 0; s < SHARDS && ok; s++) {
-		int begin = big.count / SHARDS * s, end = s + 1 == SHARDS ? big.count : begin + big.count / SHARDS;
+		int begin = big.count / SHARDS * s,
+		    end = s + 1 == SHARDS ? big.count : begin + big.count / SHARDS;
 
 		snprintf(name, sizeof(name), "model-%05d-of-%06d.safetensors", s + 1, SHARDS);
 		ok = write_hole(dir, name, big.tensors + begin, end - begin);
 		for (int i = begin; i < end; i++)
-			km_buf_printf(&index, "%s\"%s\":\"%s\"", i ? "," : "", big.tensors[i].name, name);
+			km_buf_printf(&index, "%s\"%s\":\"%s\"", i ? "," : "", big.tensors[i].name,
+			              name);
 	}
 	km_buf_puts(&index, "}}");
 	write_text(dir, "model.safetensors.index.json", index.data);
@@ -641,11 +678,13 @@ static void the_largest_checkpoint_opens_fast(void **state)
 		if ((double)(clock() - cpu_start) / CLOCKS_PER_SEC < cpu)
 			cpu = (double)(clock() - cpu_start) / CLOCKS_PER_SEC;
 		assert_int_equal(w.expert_bytes, INT64_C(23040) * 24772632);
-		assert_int_equal(w.text_bytes + w.expert_bytes + w.vision_bytes, INT64_C(595148192736));
+		assert_int_equal(w.text_bytes + w.expert_bytes + w.vision_bytes,
+		                 INT64_C(595148192736));
 		km_weights_close(&w);
 	}
 	if (ok)
-		printf("figure: opening K2.5's %d tensors in %d files takes %.2f s, %.2f s of processor (best of %d, "
+		printf("figure: opening K2.5's %d tensors in %d files takes %.2f s, %.2f s of "
+		       "processor (best of %d, "
 		       "machine shared)\n",
 		       big.count, SHARDS, best, cpu, ROUNDS);
 	else

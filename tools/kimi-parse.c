@@ -57,7 +57,8 @@ static const km_option options[] = {
 static const km_usage usage = {
 	.tool = "kimi-parse",
 	.synopsis = "[OPTION]... [FILE]",
-	.summary = "Separates the reasoning, the content and the tool calls of Kimi models' raw output.",
+	.summary = "Separates the reasoning, the content and the tool calls of Kimi models' raw "
+	           "output.",
 	.options = options,
 	.count = sizeof(options) / sizeof(*options),
 	.max_operands = 1,
@@ -76,7 +77,8 @@ static const char *conflict(const struct values *v)
 	if (v->tokenizer && !v->jsonl)
 		return "--tokenizer is for the \"ids\" of --jsonl";
 	if (v->engine_finish && v->sse)
-		return "--engine-finish means nothing with --sse: the stream says how the engine ended";
+		return "--engine-finish means nothing with --sse: the stream says how the engine "
+		       "ended";
 	if (v->max_bytes && v->stream)
 		return "--max-bytes means nothing with --stream, which holds no completion";
 	if (v->thinking && v->reasoning_parser && !strcmp(v->reasoning_parser, "none"))
@@ -91,11 +93,14 @@ static int read_tools(const char *path, json_t **root, const json_t **tools, km_
 
 	*root = json_load_file(path, JSON_DECODE_ANY, &error);
 	if (!*root)
-		return km_fail(err, KM_EFORMAT, "--tools %s: %s (line %d)", path, error.text, error.line);
+		return km_fail(err, KM_EFORMAT, "--tools %s: %s (line %d)", path, error.text,
+		               error.line);
 	*tools = json_is_array(*root) ? *root : json_object_get(*root, "tools");
 	if (!json_is_array(*tools))
-		return km_fail(err, KM_EFORMAT,
-		               "--tools %s: expected an array of tools, or an object with \"tools\"", path);
+		return km_fail(
+			err, KM_EFORMAT,
+			"--tools %s: expected an array of tools, or an object with \"tools\"",
+			path);
 	return 0;
 }
 

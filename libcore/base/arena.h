@@ -1,8 +1,9 @@
 /*
  * A bump allocator for one lifetime (a request, a step, a parsed file).
  *
- * Memory is dropped all at once: km_arena_reset keeps the blocks for the next round, km_arena_release
- * gives them back. Allocations are 16-byte aligned and not cleared. One thread at a time.
+ * Memory is dropped all at once: km_arena_reset keeps the blocks for the next round,
+ * km_arena_release gives them back. Allocations are 16-byte aligned and not cleared. One thread at
+ * a time.
  */
 #ifndef KM_BASE_ARENA_H
 #define KM_BASE_ARENA_H

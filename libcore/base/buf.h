@@ -2,7 +2,8 @@
  * A growable byte buffer with a stated maximum.
  *
  * `data` is always NUL-terminated one past `len` once anything was added. Appending past `max` adds
- * nothing and sets `overflow`, which sticks until km_buf_clear; callers that set a maximum check it.
+ * nothing and sets `overflow`, which sticks until km_buf_clear; callers that set a maximum check
+ * it.
  */
 #ifndef KM_BASE_BUF_H
 #define KM_BASE_BUF_H

@@ -6,8 +6,9 @@
 
 #include "base/utf8.h"
 
-/* Strangers name tensors and files. Their newlines would split a line of output, their escapes move a
- * terminal's cursor, and JSON has no place for bytes that are not UTF-8, to which cutting adds some. */
+/* Strangers name tensors and files. Their newlines would split a line of output, their escapes move
+ * a terminal's cursor, and JSON has no place for bytes that are not UTF-8, to which cutting adds
+ * some. */
 static void tidy(char *s)
 {
 	size_t len = strlen(s), bad;

@@ -2,9 +2,10 @@
  * Errors: a negative code and one full sentence.
  *
  * The sentence names the file, tensor or option, what was expected and what was found. A function
- * that may fail returns 0 (or a count) on success and a negative km_code on failure, takes `km_err *`
- * as its last parameter, and fills it exactly once; callers pass failures up with KM_TRY. `err` may be
- * NULL when only the code matters. The library never exits; KM_ASSERT is for our own mistakes alone.
+ * that may fail returns 0 (or a count) on success and a negative km_code on failure, takes `km_err
+ * *` as its last parameter, and fills it exactly once; callers pass failures up with KM_TRY. `err`
+ * may be NULL when only the code matters. The library never exits; KM_ASSERT is for our own
+ * mistakes alone.
  */
 #ifndef KM_BASE_ERR_H
 #define KM_BASE_ERR_H
@@ -33,7 +34,8 @@ typedef struct km_err {
 /* Fills `err` (cutting a long sentence) and returns `code`. */
 int km_fail(km_err *err, int code, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
-/* vsnprintf, with '?' for control characters and what is not UTF-8: what km_fail makes of its arguments. */
+/* vsnprintf, with '?' for control characters and what is not UTF-8: what km_fail makes of its
+ * arguments. */
 void km_err_sentence(char *to, size_t cap, const char *fmt, va_list ap);
 
 /* Puts "context: " before the sentence already in `err`; returns its code. */

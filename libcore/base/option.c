@@ -33,8 +33,8 @@ static void print_option(const km_option *opt)
 	bool first = true;
 
 	while ((name = next_name(&names, &len))) {
-		at += (size_t)snprintf(left + at, sizeof(left) - at, "%s%s%.*s", first ? "  " : ", ",
-		                       len == 1 ? "-" : "--", (int)len, name);
+		at += (size_t)snprintf(left + at, sizeof(left) - at, "%s%s%.*s",
+		                       first ? "  " : ", ", len == 1 ? "-" : "--", (int)len, name);
 		first = false;
 	}
 	if (opt->arg)
@@ -83,7 +83,8 @@ int km_parse_bytes(const char *s, const char *what, double *bytes, km_err *err)
 	errno = 0;
 	value = strtod(s, &end);
 	if (end == s || errno || !isfinite(value))
-		return km_fail(err, KM_EINVAL, "%s takes a number of bytes such as 64M, not '%s'", what, s);
+		return km_fail(err, KM_EINVAL, "%s takes a number of bytes such as 64M, not '%s'",
+		               what, s);
 	suffix = *end ? strchr(suffixes, *end >= 'a' ? *end - 32 : *end) : NULL;
 	if (suffix && *suffix) {
 		value *= (double)(INT64_C(1) << (10 * (suffix - suffixes + 1)));
@@ -92,7 +93,8 @@ int km_parse_bytes(const char *s, const char *what, double *bytes, km_err *err)
 		end += *end == 'B';
 	}
 	if (*end)
-		return km_fail(err, KM_EINVAL, "%s takes a number of bytes such as 64M, not '%s'", what, s);
+		return km_fail(err, KM_EINVAL, "%s takes a number of bytes such as 64M, not '%s'",
+		               what, s);
 	*bytes = value;
 	return 0;
 }
@@ -112,8 +114,8 @@ static int parse_number(const km_option *opt, const char *name, const char *s, d
 			               opt->kind == KM_OPT_INT ? "a whole number" : "a number", s);
 	}
 	if ((opt->min != 0 || opt->max != 0) && (*value < opt->min || *value > opt->max))
-		return km_fail(err, KM_EINVAL, "%s takes a value from %.15g to %.15g, not '%s'", name,
-		               opt->min, opt->max, s);
+		return km_fail(err, KM_EINVAL, "%s takes a value from %.15g to %.15g, not '%s'",
+		               name, opt->min, opt->max, s);
 	return 0;
 }
 
@@ -151,7 +153,8 @@ static int store(const km_option *opt, const char *name, const char *arg, char *
 		return 0;
 	case KM_OPT_CHOICE:
 		if (!is_choice(opt->choices, arg))
-			return km_fail(err, KM_EINVAL, "%s takes one of %s, not '%s'", name, opt->choices, arg);
+			return km_fail(err, KM_EINVAL, "%s takes one of %s, not '%s'", name,
+			               opt->choices, arg);
 		*(const char **)to = arg;
 		return 0;
 	case KM_OPT_STRING:
@@ -180,7 +183,8 @@ static void add_spelling(struct spellings *sp, const km_option *opt, int row, co
 	size_t at = strlen(sp->shorts);
 
 	if (len == 1) {
-		snprintf(sp->shorts + at, sizeof(sp->shorts) - at, "%c%s", *name, opt->arg ? ":" : "");
+		snprintf(sp->shorts + at, sizeof(sp->shorts) - at, "%c%s", *name,
+		         opt->arg ? ":" : "");
 		sp->short_row[(unsigned char)*name & 127] = row;
 		return;
 	}
@@ -223,17 +227,19 @@ static int complain(const km_usage *usage, int c, char **argv, km_err *err)
 	const char *word = argv[optind - 1];
 
 	if (c == ':')
-		return km_fail(err, KM_EINVAL, "%s needs a value; see '%s --help'", word, usage->tool);
+		return km_fail(err, KM_EINVAL, "%s needs a value; see '%s --help'", word,
+		               usage->tool);
 	if (optopt && optopt < 128)
-		return km_fail(err, KM_EINVAL, "unknown option -%c; see '%s --help'", optopt, usage->tool);
+		return km_fail(err, KM_EINVAL, "unknown option -%c; see '%s --help'", optopt,
+		               usage->tool);
 	if (optopt)
 		return km_fail(err, KM_EINVAL, "%s takes no value", word);
 	return km_fail(err, KM_EINVAL, "unknown or ambiguous option %s; see '%s --help'", word,
 	               usage->tool);
 }
 
-static int parse_all(const km_usage *usage, struct spellings *sp, void *values, int argc, char **argv,
-                     km_err *err)
+static int parse_all(const km_usage *usage, struct spellings *sp, void *values, int argc,
+                     char **argv, km_err *err)
 {
 	int c, at = 0;
 

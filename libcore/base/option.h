@@ -27,7 +27,8 @@ enum km_option_kind {
 
 typedef struct km_option {
 	enum km_option_kind kind;
-	const char *names; /* "model-path,model": the first is the one shown first; one letter makes -x */
+	/* "model-path,model": the first is the one shown first; one letter makes -x */
+	const char *names;
 	const char *arg;   /* what --help calls the value, or NULL for none */
 	size_t offset;     /* offsetof(struct, field) */
 	const char *help;
@@ -47,8 +48,8 @@ typedef struct km_usage {
 enum km_option_result { KM_OPTION_RUN = 0, KM_OPTION_DONE = 1 };
 
 /*
- * Parses argv into `values` (kept: strings point into argv). Operands (what is not an option, and all
- * after "--") are moved to argv[1..*operands]. Returns KM_OPTION_DONE after printing --help or
+ * Parses argv into `values` (kept: strings point into argv). Operands (what is not an option, and
+ * all after "--") are moved to argv[1..*operands]. Returns KM_OPTION_DONE after printing --help or
  * --version on stdout, KM_EINVAL with a sentence otherwise wrong; tools exit with 2 then.
  */
 int km_option_parse(const km_usage *usage, void *values, int argc, char **argv, int *operands,

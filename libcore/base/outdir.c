@@ -51,7 +51,8 @@ static int check_target(const char *path, km_err *err)
 	if (lstat(path, &st) < 0)
 		return errno == ENOENT ? 0 : io_fail(path, "cannot be looked at", err);
 	if (!S_ISDIR(st.st_mode) || count_entries(path) != 0)
-		return km_fail(err, KM_EINVAL, "%s: is not an empty folder; nothing is written there", path);
+		return km_fail(err, KM_EINVAL,
+		               "%s: is not an empty folder; nothing is written there", path);
 	return 0;
 }
 
@@ -64,8 +65,8 @@ static int check_room(const char *dir, const char *path, uint64_t bytes, km_err 
 		return io_fail(dir, "cannot be looked at", err);
 	room = (double)fs.f_bavail * (double)fs.f_frsize;
 	if (room < (double)bytes)
-		return km_fail(err, KM_ENOMEM, "%s: %.1f GB are needed, the disk has %.1f GB free", path,
-		               (double)bytes / 1e9, room / 1e9);
+		return km_fail(err, KM_ENOMEM, "%s: %.1f GB are needed, the disk has %.1f GB free",
+		               path, (double)bytes / 1e9, room / 1e9);
 	return 0;
 }
 

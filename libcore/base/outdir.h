@@ -1,7 +1,8 @@
 /*
- * Output folders that appear whole or not at all: everything is made in a folder of a temporary name
- * beside the target, which is renamed at the end. Released without a commit, the temporary folder and the
- * files in it are removed and the target is as it was. It holds files only, no folders.
+ * Output folders that appear whole or not at all: everything is made in a folder of a temporary
+ * name beside the target, which is renamed at the end. Released without a commit, the temporary
+ * folder and the files in it are removed and the target is as it was. It holds files only, no
+ * folders.
  */
 #ifndef KM_BASE_OUTDIR_H
 #define KM_BASE_OUTDIR_H

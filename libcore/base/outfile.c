@@ -56,12 +56,14 @@ int km_outfile_write(km_outfile *out, const void *data, size_t bytes, km_err *er
 	return 0;
 }
 
-int km_outfile_write_at(km_outfile *out, uint64_t offset, const void *data, size_t bytes, km_err *err)
+int km_outfile_write_at(km_outfile *out, uint64_t offset, const void *data, size_t bytes,
+                        km_err *err)
 {
 	const char *p = data;
 
 	while (bytes) {
-		ssize_t n = pwrite(out->fd, p, bytes < (1u << 30) ? bytes : 1u << 30, (off_t)offset);
+		ssize_t n =
+			pwrite(out->fd, p, bytes < (1u << 30) ? bytes : 1u << 30, (off_t)offset);
 
 		if (n < 0 && errno == EINTR)
 			continue;

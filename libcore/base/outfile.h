@@ -18,8 +18,10 @@ typedef struct km_outfile {
 
 int km_outfile_open(km_outfile *out, const char *path, km_err *err);
 int km_outfile_write(km_outfile *out, const void *data, size_t bytes, km_err *err);
-int km_outfile_write_at(km_outfile *out, uint64_t offset, const void *data, size_t bytes, km_err *err);
-int km_outfile_reserve(km_outfile *out, uint64_t bytes, km_err *err); /* fails now if the disk is full */
+int km_outfile_write_at(km_outfile *out, uint64_t offset, const void *data, size_t bytes,
+                        km_err *err);
+/* fails now if the disk is full */
+int km_outfile_reserve(km_outfile *out, uint64_t bytes, km_err *err);
 int km_outfile_commit(km_outfile *out, km_err *err); /* and closes */
 void km_outfile_release(km_outfile *out);            /* safe after commit */
 

@@ -14,7 +14,8 @@ static void show_amount(char *out, size_t cap, double amount, const char *unit)
 	int k = 0;
 
 	if (strcmp(unit, "B") != 0) {
-		snprintf(out, cap, "%.*f %s", amount < 10 && amount != (double)(int64_t)amount, amount, unit);
+		snprintf(out, cap, "%.*f %s", amount < 10 && amount != (double)(int64_t)amount,
+		         amount, unit);
 		return;
 	}
 	while (amount >= 1000 && k < 4) {
@@ -46,7 +47,8 @@ static void draw(km_progress *p, int64_t now, bool last)
 		fprintf(stderr, "\r%s [%s] %s, %s/s%s\033[K%s", p->what, bar, amount, speed, left,
 		        last ? "\n" : "");
 	else if (total > 0)
-		fprintf(stderr, "%s: %.0f%%, %s, %s/s%s\n", p->what, 100 * done / total, amount, speed, left);
+		fprintf(stderr, "%s: %.0f%%, %s, %s/s%s\n", p->what, 100 * done / total, amount,
+		        speed, left);
 	else
 		fprintf(stderr, "%s: %s, %s/s\n", p->what, amount, speed);
 	p->drawn = true;

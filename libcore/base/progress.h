@@ -19,7 +19,8 @@ typedef struct km_progress {
 	bool terminal, quiet, drawn;
 } km_progress;
 
-void km_progress_init(km_progress *p, const char *what, const char *unit, int64_t total, bool quiet);
+void km_progress_init(km_progress *p, const char *what, const char *unit, int64_t total,
+                      bool quiet);
 void km_progress_add(km_progress *p, int64_t amount); /* draws at most ten times a second */
 void km_progress_finish(km_progress *p);              /* the last line, with the mean rate */
 

@@ -1,8 +1,8 @@
 /*
  * UTF-8: one decoder for the tokenizer, the parser and every byte that becomes JSON.
  *
- * Ill-formed input follows the Unicode standard's "maximal subpart" practice: each maximal prefix of
- * a well-formed sequence, or each byte that starts none, counts as one U+FFFD.
+ * Ill-formed input follows the Unicode standard's "maximal subpart" practice: each maximal prefix
+ * of a well-formed sequence, or each byte that starts none, counts as one U+FFFD.
  */
 #ifndef KM_BASE_UTF8_H
 #define KM_BASE_UTF8_H
@@ -20,8 +20,8 @@
 /* Decodes the first code point of s[0..n), n >= 1; `*len` is how many bytes it covers. */
 uint32_t km_utf8_decode(const char *s, size_t n, size_t *len);
 
-/* Length of the well-formed character at s[0..n), n >= 1; 0: ill-formed, or cut by the end. The checks
- * are those of table 3-7 of the Unicode standard. */
+/* Length of the well-formed character at s[0..n), n >= 1; 0: ill-formed, or cut by the end. The
+ * checks are those of table 3-7 of the Unicode standard. */
 static inline size_t km_utf8_width(const char *s, size_t n)
 {
 	const unsigned char *p = (const unsigned char *)s;

@@ -4,8 +4,8 @@
  * Sequences [0, decode_seqs) have one row each, a generated token: they take the absorbed attention
  * form. The others are prompt chunks of one or more rows: they take the plain form, whatever their
  * length, so that a row's result does not depend on how its prompt was cut. An op takes any rising
- * positions of a chunk, or none: the last layer computes only the rows that somebody wants. All arrays
- * are borrowed for the call. A KV slot is page * page_size + offset.
+ * positions of a chunk, or none: the last layer computes only the rows that somebody wants. All
+ * arrays are borrowed for the call. A KV slot is page * page_size + offset.
  */
 #ifndef KM_DEVICE_BATCH_H
 #define KM_DEVICE_BATCH_H

@@ -96,8 +96,9 @@ void km_cpu_embed(const km_embed_args *a)
 {
 	int size = a->table->cols;
 
-	KM_CPU_FOR((double)a->tokens * size, t, a->tokens,
-	           km_cpu_weight_row(a->table, a->ids[t], 0, size, a->y + (size_t)t * (size_t)size));
+	KM_CPU_FOR(
+		(double)a->tokens * size, t, a->tokens,
+		km_cpu_weight_row(a->table, a->ids[t], 0, size, a->y + (size_t)t * (size_t)size));
 }
 
 static void rope_row(const km_rope_args *a, int t)
@@ -106,7 +107,8 @@ static void rope_row(const km_rope_args *a, int t)
 	const float *sin = cos + a->dim / 2;
 
 	for (int h = 0; h < a->heads; h++) {
-		float *x = a->x + (size_t)t * (size_t)a->token_stride + (size_t)h * (size_t)a->head_stride;
+		float *x = a->x + (size_t)t * (size_t)a->token_stride +
+		           (size_t)h * (size_t)a->head_stride;
 
 		for (int i = 0; i < a->dim / 2; i++) {
 			float x0 = x[2 * i], x1 = x[2 * i + 1];
@@ -134,5 +136,6 @@ static void kv_write_row(const km_kv_write_args *a, int t)
 
 void km_cpu_kv_write(const km_kv_write_args *a)
 {
-	KM_CPU_FOR((double)a->tokens * (a->kv_lora_rank + a->rope_dim), t, a->tokens, kv_write_row(a, t));
+	KM_CPU_FOR((double)a->tokens * (a->kv_lora_rank + a->rope_dim), t, a->tokens,
+	           kv_write_row(a, t));
 }

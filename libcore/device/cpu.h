@@ -24,13 +24,15 @@ static inline size_t km_cpu_slot(const km_batch *batch, int seq, int position)
 }
 
 /*
- * Threads for a call of that many multiply-adds, or elements moved: one where it is too small to pay
- * for more, else all. Nothing between: libgomp keeps one team and makes another, by malloc, whenever a
- * region asks for a different number of threads. For the same reason one thread enters no region.
+ * Threads for a call of that many multiply-adds, or elements moved: one where it is too small to
+ * pay for more, else all. Nothing between: libgomp keeps one team and makes another, by malloc,
+ * whenever a region asks for a different number of threads. For the same reason one thread enters
+ * no region.
  */
 int km_cpu_threads(double work);
 
-/* `statement` for each `i` of [0, count): a range to each thread, or one in turn to whoever is free. */
+/* `statement` for each `i` of [0, count): a range to each thread, or one in turn to whoever is
+ * free. */
 #define KM_CPU_FOR(work, i, count, statement)                                                      \
 	KM_CPU_FOR_AS("omp parallel for schedule(static)", work, i, count, statement)
 #define KM_CPU_FOR_IN_TURN(work, i, count, statement)                                              \

@@ -53,7 +53,8 @@ const km_ops *km_cpu_ops(const char *isa)
 
 		if (isa && strcmp(isa, km_cpu_isas[i]))
 			continue;
-		ops = strcmp(km_cpu_isas[i], "plain") ? vector_ops(km_cpu_isas[i]) : &km_cpu_plain_ops;
+		ops = strcmp(km_cpu_isas[i], "plain") ? vector_ops(km_cpu_isas[i])
+		                                      : &km_cpu_plain_ops;
 		if (ops)
 			return ops;
 	}

@@ -11,9 +11,10 @@
  *   310 us  scales made f32 a row at a time and put into the table of 16; the next block of weight
  *           rows prefetched, which also took bf16 from 15 to 23 GB/s: 16 short rows are too many
  *           streams for the hardware's prefetcher
- *   212 us  no widening: 16 nibbles broadcast, one shift, one table look-up, the activations shuffled
- *           to match (v_load_int4_shuffled)
- * Not kept: VBMI's multishift for the first rung's unpacking, 6% on data in L2, nothing from memory.
+ *   212 us  no widening: 16 nibbles broadcast, one shift, one table look-up, the activations
+ *           shuffled to match (v_load_int4_shuffled)
+ * Not kept: VBMI's multishift for the first rung's unpacking, 6% on data in L2, nothing from
+ * memory.
  *
  * ORDER  Lane l of an accumulator sums columns l, l + VL, ... in rising order, then v_sums adds the
  * lanes. Both paths below do just that, so a row's result is the same bits alone or among others.
@@ -37,7 +38,8 @@
 #include "device/simd.h"
 
 enum {
-	STEP = 32,           /* columns that the inner loops take at once; a scale covers whole steps */
+	/* columns that the inner loops take at once; a scale covers whole steps */
+	STEP = 32,
 	CHUNK = 1024,        /* columns of f32 weights in L1: 4 rows are 16 KiB of 32 */
 	WEIGHT_ROWS = 4,
 	DOT_ROWS = 16,       /* weight rows of one call of dot_rows at most */
@@ -97,18 +99,21 @@ KM_INLINE vf load_scales(enum km_dtype dtype, const char *from, int n)
 	return n >= VL ? v_load_f16(from) : v_load_f16_n(from, n);
 }
 
-/* Scales [first, first + count) of a row as f32, times what the type's loads leave to them. `to` has
- * room up to a multiple of VL. */
+/* Scales [first, first + count) of a row as f32, times what the type's loads leave to them. `to`
+ * has room up to a multiple of VL. */
 KM_INLINE void read_scales(const weight_view *v, int row, int first, int count, float *to)
 {
 	const km_weight *w = v->w;
 	size_t size = w->scale_dtype == KM_F32 ? 4 : 2;
-	size_t at = v->scale_row * (size_t)(w->type == KM_W_FP8 ? row / w->block_rows : row) + (size_t)first;
+	size_t at = v->scale_row * (size_t)(w->type == KM_W_FP8 ? row / w->block_rows : row) +
+	            (size_t)first;
 	const char *from = (const char *)w->scale + at * size;
 	vf factor = v_set1(w->type == KM_W_FP8 ? 256.0f : 1.0f);
 
 	for (int i = 0; i < count; i += VL)
-		v_store(to + i, v_mul(load_scales(w->scale_dtype, from + (size_t)i * size, count - i), factor));
+		v_store(to + i,
+		        v_mul(load_scales(w->scale_dtype, from + (size_t)i * size, count - i),
+		              factor));
 }
 
 /* A step's scale in the form that its loads take. */
@@ -179,11 +184,13 @@ KM_INLINE void dot_chunk(enum km_weight_type type, int tokens, int rows, const w
 			prefetch_step(type, at[r], step, (size_t)rows * v->row_bytes);
 #pragma GCC unroll 4
 			for (int c = 0; c < STEP / VL; c++) {
-				vf weights = load_weights(type, at[r], (size_t)(step + c * VL), scale);
+				vf weights =
+					load_weights(type, at[r], (size_t)(step + c * VL), scale);
 
 #pragma GCC unroll 4
 				for (int t = 0; t < tokens; t++)
-					acc[t * rows + r] = v_fma(values[t][c], weights, acc[t * rows + r]);
+					acc[t * rows + r] =
+						v_fma(values[t][c], weights, acc[t * rows + r]);
 			}
 		}
 		left -= STEP;
@@ -285,7 +292,8 @@ KM_INLINE void widen_row_of(enum km_weight_type type, const weight_view *v, int 
 		prefetch_step(type, from, col + c, WEIGHT_ROWS * v->row_bytes);
 #pragma GCC unroll 4
 		for (int i = c; i < c + STEP; i += VL)
-			v_store(to + i, in_order(type, load_weights(type, from, (size_t)(col + i), scale)));
+			v_store(to + i,
+			        in_order(type, load_weights(type, from, (size_t)(col + i), scale)));
 		left -= STEP;
 		if (left == 0) {
 			left = v->scale_cols;
@@ -294,8 +302,8 @@ KM_INLINE void widen_row_of(enum km_weight_type type, const weight_view *v, int 
 	}
 }
 
-/* Columns [col, col + count) of a row as f32, count <= CHUNK, zeros up to a multiple of VL after them.
- * A row past the last is the last again. */
+/* Columns [col, col + count) of a row as f32, count <= CHUNK, zeros up to a multiple of VL after
+ * them. A row past the last is the last again. */
 static void widen_row(const weight_view *v, int row, int col, int count, float *to)
 {
 	row = row < v->w->rows ? row : v->w->rows - 1;
@@ -324,7 +332,8 @@ static void widen_row(const weight_view *v, int row, int col, int count, float *
 	}
 }
 
-/* acc[i * TILE_COLS + j] += the lanes of x[i] * w[j] over `count` columns; w is padded with zeros. */
+/* acc[i * TILE_COLS + j] += the lanes of x[i] * w[j] over `count` columns; w is padded with
+ * zeros. */
 KM_INLINE void run_tile(const float *const x[4], const float *w, size_t w_stride, int count,
                         vf acc[VL])
 {
@@ -342,7 +351,8 @@ KM_INLINE void run_tile(const float *const x[4], const float *w, size_t w_stride
 
 #pragma GCC unroll 4
 			for (int j = 0; j < TILE_COLS; j++)
-				acc[i * TILE_COLS + j] = v_fma(values, weights[j], acc[i * TILE_COLS + j]);
+				acc[i * TILE_COLS + j] =
+					v_fma(values, weights[j], acc[i * TILE_COLS + j]);
 		}
 	}
 	if (c < count)
@@ -400,8 +410,8 @@ static void dot_many(const weight_view *v, int row, const float *const *x, int t
 }
 
 /*
- * sums[t * DOT_ROWS + r] = x[t] . w[row + r], for `tokens` <= DOT_TOKENS and `rows` <= DOT_ROWS; `sums`
- * [DOT_TOKENS, DOT_ROWS] also takes values outside of that.
+ * sums[t * DOT_ROWS + r] = x[t] . w[row + r], for `tokens` <= DOT_TOKENS and `rows` <= DOT_ROWS;
+ * `sums` [DOT_TOKENS, DOT_ROWS] also takes values outside of that.
  */
 static void dot_rows(const weight_view *v, int row, int rows, const float *const *x, int tokens,
                      float *sums)

@@ -1,9 +1,9 @@
 /*
  * The gate: one form for all, since a row costs microseconds.
  *
- * A row's work is exact selection, so nothing is approximated: scores through libm's expf in a fixed
- * order, and a sorted list of at most top_k entries that a later expert enters only when it is
- * strictly better, which gives ties to the lower id. Experts come in rising order of id.
+ * A row's work is exact selection, so nothing is approximated: scores through libm's expf in a
+ * fixed order, and a sorted list of at most top_k entries that a later expert enters only when it
+ * is strictly better, which gives ties to the lower id. Experts come in rising order of id.
  */
 #include <math.h>
 
@@ -58,7 +58,8 @@ static float group_score(const gate_row *row, int group, int size)
 	return second > -INFINITY ? best + second : best;
 }
 
-/* A group is in when fewer than topk_group others are better: higher, or as high with a lower id. */
+/* A group is in when fewer than topk_group others are better: higher, or as high with a lower
+ * id. */
 static bool group_is_in(const float *scores, const km_gate_args *a, int group)
 {
 	int better = 0;

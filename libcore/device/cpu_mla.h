@@ -1,11 +1,11 @@
 /*
  * Attention over the paged cache of latents.
  *
- * ROOFLINE  Decode reads a latent (576 values) once for all heads and does 2 * (576 + 512) flops with
- * it for each of them: with 16 heads or more the FMA units are the bound, not memory, on a CPU. So a
- * block of KM_CPU_MLA_BLOCK latents is made f32 once and stays in L2 (147 KB of 1 MiB) while heads,
- * four at a time, run over it. Prefill's work is the rebuilding of keys and values, 2 * 512 * 256
- * flops for each token and head, as much as 410 rows' scores and sums.
+ * ROOFLINE  Decode reads a latent (576 values) once for all heads and does 2 * (576 + 512) flops
+ * with it for each of them: with 16 heads or more the FMA units are the bound, not memory, on a
+ * CPU. So a block of KM_CPU_MLA_BLOCK latents is made f32 once and stays in L2 (147 KB of 1 MiB)
+ * while heads, four at a time, run over it. Prefill's work is the rebuilding of keys and values, 2
+ * * 512 * 256 flops for each token and head, as much as 410 rows' scores and sums.
  *
  * ORDER  Blocks start at multiples of KM_CPU_MLA_BLOCK and come in rising order; in a block, scores
  * sum as in cpu_dot.h (decode) or in rising order of the key's dimension (prefill), and values in
@@ -22,7 +22,8 @@
 
 #include "device/cpu_dot.h"
 
-enum { BLOCK = KM_CPU_MLA_BLOCK, VALUE_COLS = VL / 4 * VL }; /* 4 rows' sums of values: VL registers */
+/* 4 rows' sums of values: VL registers */
+enum { BLOCK = KM_CPU_MLA_BLOCK, VALUE_COLS = VL / 4 * VL };
 
 static void widen_cache(enum km_kv_dtype dtype, const void *cache, size_t at, int count, float *to)
 {
@@ -68,8 +69,8 @@ typedef struct softmax_state {
 	float largest, sum;
 } softmax_state;
 
-/* scores -> exp(scale * score - largest), zero from `count` on; returns what the sums so far are to be
- * multiplied with. */
+/* scores -> exp(scale * score - largest), zero from `count` on; returns what the sums so far are to
+ * be multiplied with. */
 static float softmax_step(softmax_state *state, float *scores, int count, float scale)
 {
 	vf most = v_set1(-INFINITY), sum = v_zero();
@@ -143,12 +144,15 @@ KM_INLINE void add_values_rows(int rows, float *const to[4], const float rescale
 	int c = 0;
 
 	for (; c + VALUE_COLS <= cols; c += VALUE_COLS) {
-		float *at[4] = { to[0] + c, to[rows > 1] + c, to[rows > 1 ? 2 : 0] + c, to[rows - 1] + c };
+		float *at[4] = { to[0] + c, to[rows > 1] + c, to[rows > 1 ? 2 : 0] + c,
+			         to[rows - 1] + c };
 
-		add_values_tile(rows, VL / 4, at, rescale, p, values + c, stride, count, VALUE_COLS);
+		add_values_tile(rows, VL / 4, at, rescale, p, values + c, stride, count,
+		                VALUE_COLS);
 	}
 	for (; c < cols; c += VL) {
-		float *at[4] = { to[0] + c, to[rows > 1] + c, to[rows > 1 ? 2 : 0] + c, to[rows - 1] + c };
+		float *at[4] = { to[0] + c, to[rows > 1] + c, to[rows > 1 ? 2 : 0] + c,
+			         to[rows - 1] + c };
 
 		add_values_tile(rows, 1, at, rescale, p, values + c, stride, count, cols - c);
 	}
@@ -158,18 +162,20 @@ KM_INLINE void add_values_rows(int rows, float *const to[4], const float rescale
 static void add_values(int rows, float *const to[4], const float rescale[4], const float *p,
                        const float *values, size_t stride, const int counts[4], int cols)
 {
-	if (rows == 4 && counts[0] == counts[1] && counts[0] == counts[2] && counts[0] == counts[3]) {
+	if (rows == 4 && counts[0] == counts[1] && counts[0] == counts[2] &&
+	    counts[0] == counts[3]) {
 		add_values_rows(4, to, rescale, p, values, stride, counts[0], cols);
 		return;
 	}
 	for (int i = 0; i < rows; i++)
-		add_values_rows(1, to + i, rescale + i, p + i * BLOCK, values, stride, counts[i], cols);
+		add_values_rows(1, to + i, rescale + i, p + i * BLOCK, values, stride, counts[i],
+		                cols);
 }
 
 /*
  * Decode, in three passes over at most KM_CPU_MLA_SEQS sequences: queries are absorbed head by head
- * (each weight is read once for all sequences), heads walk the cache, and their sums of latents become
- * values head by head.
+ * (each weight is read once for all sequences), heads walk the cache, and their sums of latents
+ * become values head by head.
  */
 typedef struct decode_round {
 	const km_mla_args *a;
@@ -188,7 +194,8 @@ static float *decode_query(const decode_round *d, int i, int head)
 
 static float *decode_latent(const decode_round *d, int i, int head)
 {
-	return d->s.latent + ((size_t)i * (size_t)d->a->heads + (size_t)head) * (size_t)d->a->kv_lora_rank;
+	return d->s.latent +
+	       ((size_t)i * (size_t)d->a->heads + (size_t)head) * (size_t)d->a->kv_lora_rank;
 }
 
 static size_t decode_row(const decode_round *d, int i, int head)
@@ -230,15 +237,15 @@ static void absorb_head(const decode_round *d, int head)
 			for (int r = 0; r < rows; r++)
 				widen_row(&d->kv_b, first + n + r, c, count, w + r * CHUNK);
 			for (int i = 0; i < d->seqs; i++)
-				absorb_rows(a->q + decode_row(d, i, head) * (size_t)key + n, w, rows, count,
-				            decode_query(d, i, head) + c);
+				absorb_rows(a->q + decode_row(d, i, head) * (size_t)key + n, w,
+				            rows, count, decode_query(d, i, head) + c);
 		}
 	}
 }
 
 /* scores[i * BLOCK + t] of 4 queries with a block's latents. */
-static void latent_scores(const float *const query[4], const float *latents, size_t stride, int size,
-                          int count, float *scores)
+static void latent_scores(const float *const query[4], const float *latents, size_t stride,
+                          int size, int count, float *scores)
 {
 	for (int t = 0; t < count; t += TILE_COLS) {
 		float lanes[VL];
@@ -250,7 +257,8 @@ static void latent_scores(const float *const query[4], const float *latents, siz
 		run_tile(query, latents + (size_t)t * stride, stride, size, acc);
 		v_store(lanes, v_sums(acc));
 		for (int i = 0; i < 4; i++)
-			memcpy(scores + i * BLOCK + t, lanes + i * TILE_COLS, TILE_COLS * sizeof(float));
+			memcpy(scores + i * BLOCK + t, lanes + i * TILE_COLS,
+			       TILE_COLS * sizeof(float));
 	}
 }
 
@@ -289,14 +297,16 @@ static void walk_cache(const decode_round *d, int i, int head, int heads, float 
 
 		widen_latents(a, seq, at, count, latents);
 		for (int h = 0; h < heads; h += 4)
-			walk_block(d, i, head + h, heads - h < 4 ? heads - h : 4, latents, count, states + h);
+			walk_block(d, i, head + h, heads - h < 4 ? heads - h : 4, latents, count,
+			           states + h);
 	}
 	for (int h = 0; h < heads; h++) {
 		float *sum = decode_latent(d, i, head + h);
 		vf factor = v_set1(1.0f / states[h].sum);
 
 		for (int c = 0; c < lora; c += VL)
-			v_store_up_to(sum + c, v_mul(v_load_up_to(sum + c, lora - c), factor), lora - c);
+			v_store_up_to(sum + c, v_mul(v_load_up_to(sum + c, lora - c), factor),
+			              lora - c);
 	}
 }
 
@@ -314,8 +324,8 @@ static void values_head(const decode_round *d, int head)
 
 		dot_rows(&d->kv_b, first + v, rows, x, d->seqs, sums);
 		for (int i = 0; i < d->seqs; i++)
-			memcpy(a->out + decode_row(d, i, head) * (size_t)a->v_dim + v, sums + i * DOT_ROWS,
-			       (size_t)rows * sizeof(float));
+			memcpy(a->out + decode_row(d, i, head) * (size_t)a->v_dim + v,
+			       sums + i * DOT_ROWS, (size_t)rows * sizeof(float));
 	}
 }
 
@@ -360,7 +370,8 @@ static void decode_one_round(const decode_round *d, int threads)
 	}
 }
 
-/* Heads that share a walk: all where sequences alone keep the threads busy, else a share, in fours. */
+/* Heads that share a walk: all where sequences alone keep the threads busy, else a share, in
+ * fours. */
 static int share_heads(int heads, int seqs, int threads)
 {
 	int walks = (threads + seqs - 1) / seqs, share = (heads + walks - 1) / walks;
@@ -474,7 +485,8 @@ static void prefill_rows(const prefill_head *p, int r, int rows, int position)
 	}
 	key_scores(q, p->keys, key, scores);
 	for (int i = 0; i < rows; i++)
-		rescale[i] = softmax_step(&p->states[r + i], scores + i * BLOCK, counts[i], a->scale);
+		rescale[i] =
+			softmax_step(&p->states[r + i], scores + i * BLOCK, counts[i], a->scale);
 	add_values(rows, to, rescale, scores, p->values, (size_t)a->v_dim, counts, a->v_dim);
 }
 
@@ -513,8 +525,8 @@ static void run_prefill_head(const prefill_head *p)
 	}
 }
 
-static void prefill_one_head(const km_mla_args *a, const weight_view *kv_b, const km_cpu_mla_scratch *s,
-                             int i)
+static void prefill_one_head(const km_mla_args *a, const weight_view *kv_b,
+                             const km_cpu_mla_scratch *s, int i)
 {
 	const km_batch *batch = a->batch;
 	prefill_head p = { .a = a, .kv_b = kv_b };

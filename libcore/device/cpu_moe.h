@@ -1,8 +1,8 @@
 /*
- * The experts. Pairs (token, k) are put in order of expert, so that each selected expert's weights are
- * met once, by all its pairs; rows of `act` and `down` are pairs in that order. Then each token adds
- * its own pairs in the order of k. Work is handed out as blocks of DOT_ROWS weight rows of one expert,
- * to whichever thread is free: no sum is split, so who does what leaves no trace.
+ * The experts. Pairs (token, k) are put in order of expert, so that each selected expert's weights
+ * are met once, by all its pairs; rows of `act` and `down` are pairs in that order. Then each token
+ * adds its own pairs in the order of k. Work is handed out as blocks of DOT_ROWS weight rows of one
+ * expert, to whichever thread is free: no sum is split, so who does what leaves no trace.
  */
 #ifndef KM_DEVICE_CPU_MOE_H
 #define KM_DEVICE_CPU_MOE_H
@@ -53,18 +53,23 @@ static void expert_up(const moe_round *m, int expert, int row)
 	const float *x[DOT_TOKENS] = { NULL };
 
 	for (int at = m->s.first[expert]; at < m->s.first[expert + 1]; at += DOT_TOKENS) {
-		int left = m->s.first[expert + 1] - at, tokens = left < DOT_TOKENS ? left : DOT_TOKENS;
+		int left = m->s.first[expert + 1] - at,
+		    tokens = left < DOT_TOKENS ? left : DOT_TOKENS;
 
 		for (int i = 0; i < tokens; i++)
-			x[i] = a->x + (size_t)(m->from + m->s.pair[at + i] / a->top_k) * (size_t)a->hidden;
+			x[i] = a->x +
+			       (size_t)(m->from + m->s.pair[at + i] / a->top_k) * (size_t)a->hidden;
 		dot_rows(&gate, row, rows, x, tokens, gates);
 		dot_rows(&up, row, rows, x, tokens, ups);
 		for (int i = 0; i < tokens; i++) {
-			float *act = m->s.act + (size_t)(at + i) * (size_t)a->intermediate + (size_t)row;
+			float *act =
+				m->s.act + (size_t)(at + i) * (size_t)a->intermediate + (size_t)row;
 
 			for (int r = 0; r < rows; r += VL)
-				v_store_up_to(act + r, v_mul(v_silu(v_load(gates + i * DOT_ROWS + r)),
-				                             v_load(ups + i * DOT_ROWS + r)), rows - r);
+				v_store_up_to(act + r,
+				              v_mul(v_silu(v_load(gates + i * DOT_ROWS + r)),
+				                    v_load(ups + i * DOT_ROWS + r)),
+				              rows - r);
 		}
 	}
 }
@@ -78,7 +83,8 @@ static void expert_down(const moe_round *m, int expert, int row)
 	const float *x[DOT_TOKENS] = { NULL };
 
 	for (int at = m->s.first[expert]; at < m->s.first[expert + 1]; at += DOT_TOKENS) {
-		int left = m->s.first[expert + 1] - at, tokens = left < DOT_TOKENS ? left : DOT_TOKENS;
+		int left = m->s.first[expert + 1] - at,
+		    tokens = left < DOT_TOKENS ? left : DOT_TOKENS;
 
 		for (int i = 0; i < tokens; i++)
 			x[i] = m->s.act + (size_t)(at + i) * (size_t)a->intermediate;
@@ -102,15 +108,20 @@ static void add_pairs(const moe_round *m, int t)
 
 		for (int k = 0; k < a->top_k; k++)
 			if (weights[k] != 0)
-				sum = v_fma(v_set1(weights[k]),
-				            v_load_up_to(m->s.down + (size_t)place[k] * (size_t)a->hidden + i, n),
-				            sum);
-		v_store_up_to(y + i, v_fma(v_set1(a->routed_scale), sum, v_load_up_to(y + i, n)), n);
+				sum = v_fma(
+					v_set1(weights[k]),
+					v_load_up_to(m->s.down +
+				                             (size_t)place[k] * (size_t)a->hidden +
+				                             i,
+				                     n),
+					sum);
+		v_store_up_to(y + i, v_fma(v_set1(a->routed_scale), sum, v_load_up_to(y + i, n)),
+		              n);
 	}
 }
 
-/* Blocks that a thread takes at once: those of one expert, whose tokens' rows it then has at hand, or
- * fewer when threads would be left without. */
+/* Blocks that a thread takes at once: those of one expert, whose tokens' rows it then has at hand,
+ * or fewer when threads would be left without. */
 static int blocks_at_once(int blocks, int experts, int threads)
 {
 	int fair = blocks * experts / (4 * threads);
@@ -161,7 +172,8 @@ static void simd_moe(const km_moe_args *a)
 		if (m.tokens > KM_CPU_MOE_TOKENS)
 			m.tokens = KM_CPU_MOE_TOKENS;
 		sort_pairs(&m);
-		moe_one_round(&m, km_cpu_threads(3.0 * m.tokens * a->top_k * a->hidden * a->intermediate));
+		moe_one_round(&m, km_cpu_threads(3.0 * m.tokens * a->top_k * a->hidden *
+		                                 a->intermediate));
 	}
 }
 

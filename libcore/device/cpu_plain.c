@@ -1,10 +1,10 @@
 /*
  * The ops in plain C: the specification of every other form, and what runs where there is no AVX2.
  *
- * Everything is f32. A sum over columns is kept in 16 lanes, lane l taking columns l, l + 16, ..., in
- * pieces of CHUNK columns, so that compilers vectorise it without being allowed to reorder it. Softmax
- * over the cache walks blocks of KM_CPU_MLA_BLOCK positions with a running maximum; blocks start at
- * multiples of that, so that a row's result does not depend on how its prompt was cut.
+ * Everything is f32. A sum over columns is kept in 16 lanes, lane l taking columns l, l + 16, ...,
+ * in pieces of CHUNK columns, so that compilers vectorise it without being allowed to reorder it.
+ * Softmax over the cache walks blocks of KM_CPU_MLA_BLOCK positions with a running maximum; blocks
+ * start at multiples of that, so that a row's result does not depend on how its prompt was cut.
  */
 #include <math.h>
 #include <omp.h>
@@ -112,7 +112,8 @@ static void plain_silu_mul(const km_silu_mul_args *a)
 
 /*
  * Attention. A head's state while it walks the cache: the largest score so far, the sum of
- * exp(score - largest), and the weighted sum of values in `to`, each rescaled when the largest grows.
+ * exp(score - largest), and the weighted sum of values in `to`, each rescaled when the largest
+ * grows.
  */
 typedef struct softmax_state {
 	float largest, sum;
@@ -169,7 +170,8 @@ static void absorb_query(const km_mla_args *a, const float *q, int head, float *
 /* One head of one generated token: out = W_vc sum_t p_t latent_t. */
 static void decode_head(const km_mla_args *a, int seq, int head, float *scratch)
 {
-	int token = a->batch->seq_start[seq], context = a->batch->kv_len[seq], lora = a->kv_lora_rank;
+	int token = a->batch->seq_start[seq], context = a->batch->kv_len[seq],
+	    lora = a->kv_lora_rank;
 	int size = lora + a->rope_dim, key = a->nope_dim + a->rope_dim;
 	const float *q = a->q + ((size_t)token * (size_t)a->heads + (size_t)head) * (size_t)key;
 	float *out = a->out + ((size_t)token * (size_t)a->heads + (size_t)head) * (size_t)a->v_dim;
@@ -190,7 +192,8 @@ static void decode_head(const km_mla_args *a, int seq, int head, float *scratch)
 	for (int c = 0; c < lora; c++)
 		sum[c] /= state.sum;
 	for (int v = 0; v < a->v_dim; v++)
-		out[v] = weight_dot(a->kv_b, head * (a->nope_dim + a->v_dim) + a->nope_dim + v, sum);
+		out[v] =
+			weight_dot(a->kv_b, head * (a->nope_dim + a->v_dim) + a->nope_dim + v, sum);
 }
 
 static void plain_mla_decode(const km_mla_args *a)
@@ -256,7 +259,8 @@ static void prefill_head(const km_mla_args *a, int seq, int head, float *scratch
 	}
 	for (int r = 0; r < rows; r++)
 		for (int v = 0; v < a->v_dim; v++)
-			a->out[((size_t)(start + r) * (size_t)a->heads + (size_t)head) * (size_t)a->v_dim +
+			a->out[((size_t)(start + r) * (size_t)a->heads + (size_t)head) *
+			               (size_t)a->v_dim +
 			       (size_t)v] /= states[r].sum;
 }
 
@@ -276,7 +280,8 @@ static void plain_mla_prefill(const km_mla_args *a)
 static void expert_row(const km_moe_args *a, int expert, const float *x, float *act, float *down)
 {
 	for (int i = 0; i < a->intermediate; i++)
-		act[i] = silu(weight_dot(&a->gate[expert], i, x)) * weight_dot(&a->up[expert], i, x);
+		act[i] =
+			silu(weight_dot(&a->gate[expert], i, x)) * weight_dot(&a->up[expert], i, x);
 	for (int i = 0; i < a->hidden; i++)
 		down[i] = weight_dot(&a->down[expert], i, act);
 }
@@ -287,7 +292,8 @@ static void moe_row(const km_moe_args *a, int t, float *act, float *down)
 
 	for (int k = 0; k < a->top_k; k++)
 		if (a->weights[t * a->top_k + k] != 0)
-			expert_row(a, a->ids[t * a->top_k + k], a->x + (size_t)t * (size_t)a->hidden,
+			expert_row(a, a->ids[t * a->top_k + k],
+			           a->x + (size_t)t * (size_t)a->hidden,
 			           act + (size_t)k * (size_t)a->intermediate,
 			           down + (size_t)k * (size_t)a->hidden);
 	for (int i = 0; i < a->hidden; i++) {
@@ -308,10 +314,12 @@ static void plain_moe(const km_moe_args *a)
 
 	km_cpu_moe_layout(&s, a, a->tokens, a->scratch);
 	for (int from = 0; from < a->tokens; from += KM_CPU_MOE_TOKENS) {
-		int rows = a->tokens - from < KM_CPU_MOE_TOKENS ? a->tokens - from : KM_CPU_MOE_TOKENS;
+		int rows =
+			a->tokens - from < KM_CPU_MOE_TOKENS ? a->tokens - from : KM_CPU_MOE_TOKENS;
 
 		KM_CPU_FOR(work, t, rows,
-		           moe_row(a, from + t, s.act + (size_t)t * (size_t)(a->top_k * a->intermediate),
+		           moe_row(a, from + t,
+		                   s.act + (size_t)t * (size_t)(a->top_k * a->intermediate),
 		                   s.down + (size_t)t * (size_t)(a->top_k * a->hidden)));
 	}
 }

@@ -1,7 +1,7 @@
 /*
- * The ops in vectors: one text for AVX2 and AVX-512, included by cpu_avx2.c and cpu_avx512.c, each of
- * which puts the functions into its table. Dot products are in cpu_dot.h, attention in cpu_mla.h, the
- * experts in cpu_moe.h.
+ * The ops in vectors: one text for AVX2 and AVX-512, included by cpu_avx2.c and cpu_avx512.c, each
+ * of which puts the functions into its table. Dot products are in cpu_dot.h, attention in
+ * cpu_mla.h, the experts in cpu_moe.h.
  */
 #ifndef KM_DEVICE_CPU_SIMD_H
 #define KM_DEVICE_CPU_SIMD_H
@@ -35,7 +35,8 @@ static void simd_rmsnorm_row(const km_rmsnorm_args *a, int t)
 	for (int i = 0; i < a->size; i += VL) {
 		vf r = v_mul(v_load_up_to(residual + i, a->size - i), factor);
 
-		v_store_up_to(y + i, v_mul(r, v_load_up_to(a->weight + i, a->size - i)), a->size - i);
+		v_store_up_to(y + i, v_mul(r, v_load_up_to(a->weight + i, a->size - i)),
+		              a->size - i);
 	}
 }
 
@@ -53,7 +54,8 @@ static void simd_silu_mul_row(const km_silu_mul_args *a, int t)
 	for (int i = 0; i < a->size; i += VL) {
 		int n = a->size - i;
 
-		v_store_up_to(y + i, v_mul(v_silu(v_load_up_to(gate + i, n)), v_load_up_to(up + i, n)), n);
+		v_store_up_to(y + i,
+		              v_mul(v_silu(v_load_up_to(gate + i, n)), v_load_up_to(up + i, n)), n);
 	}
 }
 
@@ -83,7 +85,8 @@ static void linear_tile(const km_linear_args *a, const weight_view *v, int row, 
 		float *y = a->y + (size_t)(t + i) * (size_t)a->y_stride + (size_t)row;
 
 		for (int r = 0; r < rows; r++)
-			y[r] = a->accumulate ? y[r] + sums[i * DOT_ROWS + r] : sums[i * DOT_ROWS + r];
+			y[r] = a->accumulate ? y[r] + sums[i * DOT_ROWS + r]
+			                     : sums[i * DOT_ROWS + r];
 	}
 }
 

@@ -1,6 +1,6 @@
 /*
- * A vector of VL floats, 16 with AVX-512 and 8 with AVX2, and what the ops need of it. The two forms
- * of an op are one text (cpu_dot.h, cpu_mla.h, cpu_moe.h) over this layer, compiled once in
+ * A vector of VL floats, 16 with AVX-512 and 8 with AVX2, and what the ops need of it. The two
+ * forms of an op are one text (cpu_dot.h, cpu_mla.h, cpu_moe.h) over this layer, compiled once in
  * cpu_avx512.c and once in cpu_avx2.c. Empty where the compiler has neither.
  *
  * Loads and stores take any alignment: a checkpoint's tensors start where its header ends.
@@ -64,8 +64,8 @@ KM_INLINE vf v_load_bf16_n(const void *p, int n)
 	return _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
 }
 
-/* e4m3 / 256: a byte's exponent and mantissa put into an f16, subnormals included; the sign comes along
- * by sign extension. */
+/* e4m3 / 256: a byte's exponent and mantissa put into an f16, subnormals included; the sign comes
+ * along by sign extension. */
 KM_INLINE vf v_load_fp8_256th(const void *p)
 {
 	__m128i bytes = _mm_loadu_si128((const __m128i *)p);
@@ -85,11 +85,12 @@ KM_INLINE vf v_int4_scale(float scale)
 }
 
 /* 16 weights, the low nibble of a byte first, in the order 0 8 1 9 ... 7 15: both words go to every
- * pair of lanes, shifts bring down one nibble each, and the low 4 bits of a lane choose from the scaled
- * values. */
+ * pair of lanes, shifts bring down one nibble each, and the low 4 bits of a lane choose from the
+ * scaled values. */
 KM_INLINE vf v_load_int4_shuffled(const void *p, vf scaled)
 {
-	const __m512i shift = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
+	const __m512i shift =
+		_mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
 	int64_t words;
 
 	memcpy(&words, p, sizeof(words));

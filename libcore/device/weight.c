@@ -13,11 +13,13 @@ size_t km_weight_bytes(const km_weight *w)
 	case KM_W_BF16:
 		return rows * cols * 2;
 	case KM_W_FP8:
-		return rows * cols + (rows + (size_t)w->block_rows - 1) / (size_t)w->block_rows *
-		                             ((cols + (size_t)w->block_cols - 1) / (size_t)w->block_cols) *
-		                             km_dtype_bytes(w->scale_dtype);
+		return rows * cols +
+		       (rows + (size_t)w->block_rows - 1) / (size_t)w->block_rows *
+		               ((cols + (size_t)w->block_cols - 1) / (size_t)w->block_cols) *
+		               km_dtype_bytes(w->scale_dtype);
 	case KM_W_INT4:
-		return rows * cols / 2 + rows * (cols / (size_t)w->group) * km_dtype_bytes(w->scale_dtype);
+		return rows * cols / 2 +
+		       rows * (cols / (size_t)w->group) * km_dtype_bytes(w->scale_dtype);
 	}
 	return 0;
 }

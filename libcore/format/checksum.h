@@ -1,7 +1,8 @@
 /*
  * A 64-bit checksum that parts can be added up to in any order, so that threads can share a tensor:
- * the sum over 8-byte little-endian words of a bijective function of the word, different for each place. A
- * change of one word always shows, one of several with odds of 2^-64 against it. Not for secrets.
+ * the sum over 8-byte little-endian words of a bijective function of the word, different for each
+ * place. A change of one word always shows, one of several with odds of 2^-64 against it. Not for
+ * secrets.
  */
 #ifndef KM_FORMAT_CHECKSUM_H
 #define KM_FORMAT_CHECKSUM_H
@@ -18,7 +19,8 @@ static inline uint64_t km_checksum_word(uint64_t word, uint64_t index)
 	return z ^ z >> 29;
 }
 
-/* Of the bytes from `offset` on, a multiple of 8; what misses to a whole word at the end counts as 0. */
+/* Of the bytes from `offset` on, a multiple of 8; what misses to a whole word at the end counts as
+ * 0. */
 static inline uint64_t km_checksum(const void *data, size_t bytes, uint64_t offset)
 {
 	const unsigned char *p = data;

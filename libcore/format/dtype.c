@@ -78,7 +78,8 @@ uint16_t km_f32_to_f16(float f)
 	if (magnitude >= 0x477ff000) /* rounds to 65536 or more */
 		return (uint16_t)(sign | 0x7c00);
 	if (magnitude < 0x38800000) /* below 2^-14: a subnormal, in units of 2^-24 */
-		return (uint16_t)(sign | (uint32_t)(round_to_unit(float_of_bits(magnitude), -24) * 0x1p24f));
+		return (uint16_t)(sign | (uint32_t)(round_to_unit(float_of_bits(magnitude), -24) *
+		                                    0x1p24f));
 	magnitude += 0xfff + (magnitude >> 13 & 1);
 	return (uint16_t)(sign | (magnitude - 0x38000000) >> 13);
 }
@@ -103,7 +104,8 @@ uint8_t km_f32_to_f8_e4m3(float f)
 	if (magnitude >= 0x43e00000) /* 448 and above saturate */
 		return (uint8_t)(sign | 0x7e);
 	if (magnitude < 0x3c800000) /* below 2^-6: a subnormal, in units of 2^-9 */
-		return (uint8_t)(sign | (uint32_t)(round_to_unit(float_of_bits(magnitude), -9) * 0x1p9f));
+		return (uint8_t)(sign |
+		                 (uint32_t)(round_to_unit(float_of_bits(magnitude), -9) * 0x1p9f));
 	magnitude += 0x7ffff + (magnitude >> 20 & 1);
 	return (uint8_t)(sign | (magnitude - 0x3c000000) >> 20);
 }

@@ -31,7 +31,8 @@
 		}                                                                                  \
 	}
 
-LOOK(look_f64, uint64_t, UINT64_C(0x7ff0000000000000), UINT64_C(0x000fffffffffffff), UINT64_C(1) << 63)
+LOOK(look_f64, uint64_t, UINT64_C(0x7ff0000000000000), UINT64_C(0x000fffffffffffff),
+     UINT64_C(1) << 63)
 LOOK(look_f32, uint32_t, 0x7f800000u, 0x007fffffu, 0x80000000u)
 LOOK(look_f16, uint16_t, 0x7c00u, 0x03ffu, 0x8000u)
 LOOK(look_bf16, uint16_t, 0x7f80u, 0x007fu, 0x8000u)

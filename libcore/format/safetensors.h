@@ -68,8 +68,8 @@ const char *km_tensor_describe(char out[160], enum km_dtype dtype, int ndim, con
 /* Writing: appends the 8 bytes and the header (padded to a multiple of 8) for tensors whose name,
  * dtype, shape, offset and bytes are set. */
 void km_safetensors_put_header(km_buf *out, const km_tensor *tensors, int count);
-/* The same with `metadata` after {"format": "pt"}; the data starts at a multiple of `align`, a multiple
- * of 8. */
+/* The same with `metadata` after {"format": "pt"}; the data starts at a multiple of `align`, a
+ * multiple of 8. */
 void km_safetensors_put_header_with(km_buf *out, const km_tensor *tensors, int count,
                                     const km_metadata *metadata, int metadata_count, size_t align);
 

@@ -52,15 +52,18 @@ static bool is_repacked(struct matcher *k, const km_module *m)
 
 	if (!half && m->role != KM_ROLE_EXPERT_DOWN)
 		return false;
-	snprintf(key, sizeof(key), "%.*s%s", (int)(last - m->key), m->key, half ? ".gate_up_proj" : last);
+	snprintf(key, sizeof(key), "%.*s%s", (int)(last - m->key), m->key,
+	         half ? ".gate_up_proj" : last);
 	at = find(k->cp, key, "weight_repacked");
 	if (at < 0)
 		return false;
 	t = k->cp->shards.tensors[at];
 	if (k->cp->class[at] == KM_CLASS_COUNT)
 		km_findings_add(k->findings, KM_EFORMAT,
-		                "%s: tensor %s is repacked, but config.json has no kimi_repacked: it is not "
-		                "the one that kimi-convert wrote", km_shards_path(&k->cp->shards, t), t->name);
+		                "%s: tensor %s is repacked, but config.json has no kimi_repacked: "
+		                "it is not "
+		                "the one that kimi-convert wrote",
+		                km_shards_path(&k->cp->shards, t), t->name);
 	take(k->cp, at, m->class);
 	return true;
 }
@@ -93,11 +96,11 @@ static bool other_form(struct matcher *k, const km_module *m)
 		                        ? "the config has no quantization_config"
 		                        : "quantization_config leaves this module out");
 	else
-		km_findings_add(
-			k->findings, KM_EFORMAT,
-			"%s: tensor %s is stored as %s, but quantization_config says that this module is %s",
-			km_shards_path(&k->cp->shards, t), t->name, km_dtype_name(t->dtype),
-			m->form == KM_FORM_INT4 ? "packed int4" : "fp8");
+		km_findings_add(k->findings, KM_EFORMAT,
+		                "%s: tensor %s is stored as %s, but quantization_config says that "
+		                "this module is %s",
+		                km_shards_path(&k->cp->shards, t), t->name, km_dtype_name(t->dtype),
+		                m->form == KM_FORM_INT4 ? "packed int4" : "fp8");
 	for (size_t i = 0; i < sizeof(suffixes) / sizeof(*suffixes); i++) {
 		at = find(k->cp, m->key, suffixes[i]);
 		if (at >= 0)
@@ -144,10 +147,11 @@ static void check_layout(struct matcher *k, const km_tensor *t)
 	snprintf(want, sizeof(want), "%d", k->config->expert_layout);
 	if (layout && version && !strcmp(layout, KM_EXPERT_LAYOUT) && !strcmp(version, want))
 		return;
-	km_findings_add(k->findings, KM_EFORMAT,
-	                "%s: tensor %s: its file says layout %s version %s, config.json says %s version %s",
-	                file->path, t->name, layout ? layout : "(none)", version ? version : "(none)",
-	                KM_EXPERT_LAYOUT, want);
+	km_findings_add(
+		k->findings, KM_EFORMAT,
+		"%s: tensor %s: its file says layout %s version %s, config.json says %s version %s",
+		file->path, t->name, layout ? layout : "(none)", version ? version : "(none)",
+		KM_EXPERT_LAYOUT, want);
 }
 
 static int match_module(void *context, const km_module *m, km_err *err)

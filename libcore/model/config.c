@@ -367,24 +367,26 @@ static int read_quant(km_config *config, km_fields *top, km_fields *text)
 
 static int read_layout(km_config *config, km_fields *top)
 {
-	km_fields r = { top->name, "kimi_repacked.", km_field_object_or_null(top, "kimi_repacked"), top->err,
-		        top->rc };
+	km_fields r = { top->name, "kimi_repacked.", km_field_object_or_null(top, "kimi_repacked"),
+		        top->err, top->rc };
 	const char *layout;
 
 	if (!r.object)
 		return r.rc;
 	layout = km_field_string(&r, "layout");
 	if (layout && strcmp(layout, KM_EXPERT_LAYOUT) != 0)
-		km_field_fail(&r, KM_EUNSUPPORTED, "layout", "only \"%s\" is supported, not \"%.64s\"",
-		              KM_EXPERT_LAYOUT, layout);
+		km_field_fail(&r, KM_EUNSUPPORTED, "layout",
+		              "only \"%s\" is supported, not \"%.64s\"", KM_EXPERT_LAYOUT, layout);
 	config->expert_layout = (int)km_field_int(&r, "version", 1, INT32_MAX);
 	if (r.rc >= 0 && config->expert_layout != KM_MOE_LAYOUT_VERSION)
 		km_field_fail(&r, KM_EUNSUPPORTED, "version",
-		              "this program reads version %d of the experts' layout, this is %d: unpack it "
-		              "with the kimi-convert that made it", KM_MOE_LAYOUT_VERSION,
-		              config->expert_layout);
+		              "this program reads version %d of the experts' layout, this is %d: "
+		              "unpack it "
+		              "with the kimi-convert that made it",
+		              KM_MOE_LAYOUT_VERSION, config->expert_layout);
 	if (r.rc >= 0 && config->quant.method != KM_QUANT_INT4_PACKED)
-		km_field_fail(&r, KM_EFORMAT, "layout", "it is of int4 experts, and quantization_config "
+		km_field_fail(&r, KM_EFORMAT, "layout",
+		              "it is of int4 experts, and quantization_config "
 		              "makes none");
 	KM_TRY(r.rc);
 	return km_moe_layout_check(config->hidden_size, config->moe_intermediate_size,

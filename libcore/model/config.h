@@ -48,8 +48,8 @@ typedef struct km_vision_config {
 
 enum { KM_MAX_EOS = 8 };
 
-/* What config.json says under "kimi_repacked" of a checkpoint whose routed experts are in the layout of
- * format/moe_layout.h. */
+/* What config.json says under "kimi_repacked" of a checkpoint whose routed experts are in the
+ * layout of format/moe_layout.h. */
 #define KM_EXPERT_LAYOUT "kimi-int4-moe"
 
 typedef struct km_config {
@@ -67,7 +67,8 @@ typedef struct km_config {
 	double rms_norm_eps;
 	km_rope_config rope;
 	km_quant_config quant;
-	int expert_layout;        /* the version of KM_EXPERT_LAYOUT; 0: the checkpoint's own packing */
+	/* the version of KM_EXPERT_LAYOUT; 0: the checkpoint's own packing */
+	int expert_layout;
 	km_vision_config vision;
 	enum km_dtype dtype;      /* of unquantised weights */
 	int eos_count;

@@ -54,9 +54,9 @@ static void read_fp8(km_quant_config *quant, km_fields *f)
 	read_ignore(quant, f, "modules_to_not_convert");
 	read_ignore(quant, f, "ignored_layers");
 	if (!block) {
-		km_field_fail(
-			f, KM_EUNSUPPORTED, "weight_block_size",
-			"fp8 with one scale per tensor is not supported, only with scales per block");
+		km_field_fail(f, KM_EUNSUPPORTED, "weight_block_size",
+		              "fp8 with one scale per tensor is not supported, only with scales "
+		              "per block");
 		return;
 	}
 	if (json_array_size(block) != 2 || !json_is_integer(json_array_get(block, 0)) ||
@@ -138,10 +138,10 @@ static void read_compressed_tensors(km_quant_config *quant, km_fields *f)
 
 	quant->method = KM_QUANT_INT4_PACKED;
 	if (format && strcmp(format, "pack-quantized") != 0)
-		km_field_fail(
-			f, KM_EUNSUPPORTED, "format",
-			"of compressed-tensors only \"pack-quantized\" int4 is supported, not \"%s\"",
-			format);
+		km_field_fail(f, KM_EUNSUPPORTED, "format",
+		              "of compressed-tensors only \"pack-quantized\" int4 is supported, "
+		              "not \"%s\"",
+		              format);
 	want_string(f, "quantization_status", "compressed");
 	want_absent(f, "kv_cache_scheme", "a quantised KV cache scheme");
 	want_absent(f, "transform_config", "a transform (rotation) of the weights");

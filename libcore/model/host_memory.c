@@ -44,7 +44,8 @@ static int64_t left_in_group(const char *dir, const struct cgroup_names *names)
 	limit = number_in_file(path, "");
 	snprintf(path, sizeof(path), "%s/%s", dir, names->usage);
 	usage = number_in_file(path, "");
-	if (limit < 0 || usage < 0 || limit > INT64_MAX / 4) /* v1 writes no limit as a huge number */
+	/* v1 writes no limit as a huge number */
+	if (limit < 0 || usage < 0 || limit > INT64_MAX / 4)
 		return -1;
 	snprintf(path, sizeof(path), "%s/memory.stat", dir);
 	inactive = number_in_file(path, names->inactive);
@@ -53,7 +54,8 @@ static int64_t left_in_group(const char *dir, const struct cgroup_names *names)
 }
 
 /* The least that `group` below `mount` and its parents leave. */
-static int64_t left_in_parents(const char *mount, const char *group, const struct cgroup_names *names)
+static int64_t left_in_parents(const char *mount, const char *group,
+                               const struct cgroup_names *names)
 {
 	char dir[1024];
 	int64_t least = -1;

@@ -125,11 +125,11 @@ static void print_shape(const struct inspection *in, km_buf *out)
 	for (int i = 0; i < c->num_hidden_layers; i++)
 		moe += km_config_is_moe_layer(c, i);
 	km_buf_printf(out, "model         %s (%s)\n", km_model_kind_name(c->kind), c->architecture);
-	km_buf_printf(
-		out,
-		"layers        %d: %d dense, %d with experts; hidden %d, vocabulary %d, context %d\n",
-		c->num_hidden_layers, c->num_hidden_layers - moe, moe, c->hidden_size,
-		c->vocab_size, c->max_position_embeddings);
+	km_buf_printf(out,
+	              "layers        %d: %d dense, %d with experts; hidden %d, vocabulary %d, "
+	              "context %d\n",
+	              c->num_hidden_layers, c->num_hidden_layers - moe, moe, c->hidden_size,
+	              c->vocab_size, c->max_position_embeddings);
 	km_buf_printf(
 		out,
 		"attention     MLA, %d heads, q_lora %d, kv_lora %d, head %d + %d rope, v %d\n",
@@ -143,13 +143,13 @@ static void print_shape(const struct inspection *in, km_buf *out)
 	else
 		km_buf_printf(out, "rope          theta %g\n", c->rope.theta);
 	if (moe)
-		km_buf_printf(
-			out,
-			"experts       %d, top %d%s, %d shared, intermediate %d; %d group%s, scaling %g\n",
-			c->n_routed_experts, c->num_experts_per_tok,
-			c->scoring_softmax ? " by softmax" : "", c->n_shared_experts,
-			c->moe_intermediate_size, c->n_group, c->n_group == 1 ? "" : "s",
-			c->routed_scaling_factor);
+		km_buf_printf(out,
+		              "experts       %d, top %d%s, %d shared, intermediate %d; %d group%s, "
+		              "scaling %g\n",
+		              c->n_routed_experts, c->num_experts_per_tok,
+		              c->scoring_softmax ? " by softmax" : "", c->n_shared_experts,
+		              c->moe_intermediate_size, c->n_group, c->n_group == 1 ? "" : "s",
+		              c->routed_scaling_factor);
 	if (c->vision.present)
 		km_buf_printf(out, "vision        %d layers, hidden %d, %d heads, patch %d\n",
 		              c->vision.num_hidden_layers, c->vision.hidden_size,
@@ -182,8 +182,8 @@ static void print_text(const struct inspection *in, km_buf *out)
 	describe_quant(c, quant, sizeof(quant));
 	print_shape(in, out);
 	km_buf_printf(out, "quantisation  %s (%" PRId64 " of %" PRId64 " modules), the rest %s\n",
-	              quant, quantized_modules(in), quantized_modules(in) + in->forms[KM_FORM_PLAIN],
-	              km_dtype_name(c->dtype));
+	              quant, quantized_modules(in),
+	              quantized_modules(in) + in->forms[KM_FORM_PLAIN], km_dtype_name(c->dtype));
 	if (c->expert_layout)
 		km_buf_printf(out,
 		              "layout        routed experts repacked for GPUs: %s, version %d "

@@ -91,10 +91,10 @@ static int compile(struct rule *rule, const char *pattern, km_err *err)
 		PCRE2_UCHAR why[128];
 
 		pcre2_get_error_message(code, why, sizeof(why));
-		return km_fail(
-			err, KM_EFORMAT,
-			"quantization_config.ignore: \"re:%.200s\" is not a regular expression: %s at %zu",
-			pattern, (const char *)why, (size_t)at);
+		return km_fail(err, KM_EFORMAT,
+		               "quantization_config.ignore: \"re:%.200s\" is not a regular "
+		               "expression: %s at %zu",
+		               pattern, (const char *)why, (size_t)at);
 	}
 	pcre2_jit_compile(rule->code,
 	                  PCRE2_JIT_COMPLETE); /* where it cannot, the interpreter runs */

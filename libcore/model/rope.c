@@ -1,7 +1,7 @@
 /*
- * Angles are computed in f32, step by step as the reference does: a position times a frequency, both
- * rounded to f32. At position 100,000 the rounding of the angle alone is 0.004 rad, so a table from
- * exact angles would differ from the one that the weights were trained and evaluated with.
+ * Angles are computed in f32, step by step as the reference does: a position times a frequency,
+ * both rounded to f32. At position 100,000 the rounding of the angle alone is 0.004 rad, so a table
+ * from exact angles would differ from the one that the weights were trained and evaluated with.
  */
 #include "model/rope.h"
 
@@ -22,11 +22,12 @@ static double correction_dim(const km_rope_config *rope, int dim, double rotatio
 
 static float attention_factor(const km_rope_config *rope)
 {
-	return (float)(mscale(rope->factor, rope->mscale) / mscale(rope->factor, rope->mscale_all_dim));
+	return (float)(mscale(rope->factor, rope->mscale) /
+	               mscale(rope->factor, rope->mscale_all_dim));
 }
 
-/* Fast waves (below `low`) keep their frequency, slow ones (from `high` on) are stretched by factor,
- * a ramp leads from one to the other. */
+/* Fast waves (below `low`) keep their frequency, slow ones (from `high` on) are stretched by
+ * factor, a ramp leads from one to the other. */
 static void stretch(const km_rope_config *rope, int dim, float *frequency)
 {
 	double low = fmax(floor(correction_dim(rope, dim, rope->beta_fast)), 0);

@@ -428,8 +428,10 @@ static int run(struct synth *s, km_err *err)
 	KM_TRY(km_config_load(&s->config, s->options->config_path, err));
 	if (s->config.expert_layout)
 		return km_fail(err, KM_EUNSUPPORTED,
-		               "%s: is of a repacked checkpoint (kimi_repacked); synthesize from the original "
-		               "config and repack that", s->options->config_path);
+		               "%s: is of a repacked checkpoint (kimi_repacked); synthesize from "
+		               "the original "
+		               "config and repack that",
+		               s->options->config_path);
 	s->depth = s->config.num_hidden_layers;
 	if (layers > s->depth)
 		return km_fail(err, KM_EINVAL, "%s: has %d layers, %d cannot be taken",

@@ -94,7 +94,8 @@ static int64_t empty_pages(const unsigned char *data, size_t bytes, int64_t *fir
 }
 
 /* Records: the scales of each are at its end; all codes 0 is a stretch that was never written. */
-static int64_t look_records(const unsigned char *data, size_t bytes, size_t record, km_odd_values *odd)
+static int64_t look_records(const unsigned char *data, size_t bytes, size_t record,
+                            km_odd_values *odd)
 {
 	static const unsigned char zeros[KM_MOE_RECORD_CODES];
 	size_t scales = record - KM_MOE_RECORD_CODES;
@@ -102,8 +103,8 @@ static int64_t look_records(const unsigned char *data, size_t bytes, size_t reco
 
 	*odd = (km_odd_values){ .first = -1 };
 	for (size_t at = 0; at + record <= bytes; at += record) {
-		km_odd_values one = km_odd_values_count(KM_BF16, data + at + KM_MOE_RECORD_CODES, scales / 2,
-		                                        true);
+		km_odd_values one = km_odd_values_count(KM_BF16, data + at + KM_MOE_RECORD_CODES,
+		                                        scales / 2, true);
 		bool blank = memcmp(data + at, zeros, sizeof(zeros)) == 0;
 
 		odd->nan += one.nan;
@@ -286,18 +287,21 @@ static void report_repacked(struct verifier *v, const km_tensor *t)
 		km_findings_add_err(v->findings, &err);
 	else if (want != s->sum)
 		km_findings_add(v->findings, KM_EFORMAT,
-		                "%s: tensor %s: is damaged: its checksum is %016" PRIx64 ", %016" PRIx64
-		                " was written", path, t->name, s->sum, want);
+		                "%s: tensor %s: is damaged: its checksum is %016" PRIx64
+		                ", %016" PRIx64 " was written",
+		                path, t->name, s->sum, want);
 	if (s->nan || s->inf || s->negative)
 		km_findings_add(v->findings, KM_EFORMAT,
-		                "%s: tensor %s: has %" PRId64 " NaN, %" PRId64 " infinite and %" PRId64
-		                " negative scales, the first in record %" PRId64, path, t->name, s->nan,
-		                s->inf, s->negative, s->first_bad);
+		                "%s: tensor %s: has %" PRId64 " NaN, %" PRId64
+		                " infinite and %" PRId64
+		                " negative scales, the first in record %" PRId64,
+		                path, t->name, s->nan, s->inf, s->negative, s->first_bad);
 	if (s->empty_pages)
 		km_findings_add(v->findings, KM_EFORMAT,
-		                "%s: tensor %s: has %" PRId64 " records of 2048 weights of -8, the first is "
-		                "record %" PRId64 ": this data was never written", path, t->name,
-		                s->empty_pages, s->first_bad);
+		                "%s: tensor %s: has %" PRId64
+		                " records of 2048 weights of -8, the first is "
+		                "record %" PRId64 ": this data was never written",
+		                path, t->name, s->empty_pages, s->first_bad);
 }
 
 static void report(struct verifier *v, const km_tensor *t)
@@ -395,7 +399,8 @@ static int verify_all(struct verifier *v, km_verify_result *result, km_err *err)
 			result->bytes += (int64_t)shards->files[i].tensors[k].bytes;
 	km_progress_init(&v->progress, "verifying", "B", result->bytes, v->options->quiet);
 	for (int i = 0; i < shards->file_count && !stopped(v); i++)
-		if (shards->files[i].count) /* none: it could not be opened, or there is nothing to read */
+		/* none: it could not be opened, or there is nothing to read */
+		if (shards->files[i].count)
 			read_file_data(v, &shards->files[i]);
 	if (stopped(v))
 		return km_fail(err, KM_ECANCELED, "%s: interrupted before all was read",

@@ -70,7 +70,8 @@ void km_message_add(void *message, const km_parser_event *event)
 		km_utf8_append_valid(&call->arguments, event->text, event->len);
 		return;
 	case KM_PARSED_ARGUMENTS:
-		km_utf8_append_valid(&call_at(m, event->call_index)->arguments, event->text, event->len);
+		km_utf8_append_valid(&call_at(m, event->call_index)->arguments, event->text,
+		                     event->len);
 		return;
 	}
 }

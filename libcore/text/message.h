@@ -2,8 +2,8 @@
  * A whole message from the parser's events: what a reply that does not stream needs.
  *
  * km_message_add is an on_event callback with the message as its context. Content, reasoning and
- * arguments are made valid UTF-8 (U+FFFD for what is not). Buffers are kept by km_message_clear for the
- * next message. One thread.
+ * arguments are made valid UTF-8 (U+FFFD for what is not). Buffers are kept by km_message_clear for
+ * the next message. One thread.
  */
 #ifndef KM_TEXT_MESSAGE_H
 #define KM_TEXT_MESSAGE_H
@@ -27,7 +27,8 @@ void km_message_clear(km_message *message);
 
 void km_message_add(void *message, const km_parser_event *event);
 
-/* "tool_calls" when there are calls and the engine stopped by itself, else the engine's own word. */
+/* "tool_calls" when there are calls and the engine stopped by itself, else the engine's own
+ * word. */
 const char *km_finish_reason(int calls, const char *engine_finish);
 
 #endif

@@ -302,7 +302,8 @@ static void arguments_text(km_parser *p, const char *s, size_t n)
 static void collected_text(km_parser *p, const char *s, size_t n)
 {
 	if (p->arguments.len + n > KM_PARSER_INFER_MAX) {
-		header_drop(p, "a call's id has no name and its arguments are too long to infer it");
+		header_drop(p,
+		            "a call's id has no name and its arguments are too long to infer it");
 		drop(p, "a call has no name", p->arguments.data, p->arguments.len);
 		drop(p, "a call has no name", s, n);
 		p->state = ARGUMENTS_DROPPED;
@@ -428,7 +429,8 @@ static void leave_call(km_parser *p, enum km_marker marker)
 		header_drop(p, "a call's header has no arguments");
 		p->state = p->in_section ? SECTION : CONTENT;
 	} else if (in_arguments(p)) {
-		call_close(p, marker == KM_MARK_CALL_END ? NULL : "a call has no end marker", false);
+		call_close(p, marker == KM_MARK_CALL_END ? NULL : "a call has no end marker",
+		           false);
 	}
 }
 
@@ -553,7 +555,8 @@ static void flush_tail(km_parser *p)
 	text(p, p->tail, n);
 }
 
-/* Completes the character that the last run of text has cut; returns how many bytes of s it took. */
+/* Completes the character that the last run of text has cut; returns how many bytes of s it
+ * took. */
 static size_t complete_tail(km_parser *p, const char *s, size_t n)
 {
 	size_t i = 0, len;
@@ -598,8 +601,8 @@ static void spelling_found(km_parser *p, const struct spelling *found)
 	marker_spelled(p, found->marker, found->text, strlen(found->text));
 }
 
-/* Takes bytes into `held` until they are a marker, or fail (and are text), or the input ends. Returns
- * how many it took; at least one when held_len is 0, for s[0] is '<' then. */
+/* Takes bytes into `held` until they are a marker, or fail (and are text), or the input ends.
+ * Returns how many it took; at least one when held_len is 0, for s[0] is '<' then. */
 static size_t match_marker(km_parser *p, const char *s, size_t n)
 {
 	size_t i = 0;

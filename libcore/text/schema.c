@@ -2,9 +2,10 @@
  * A direct interpreter: each keyword is a function from (schema, value) to valid, not valid or an
  * error, and a table lists them in the order in which they must run (the unevaluated ones last).
  *
- * What a schema has looked at (properties, items) is collected in a `struct seen` on its own level and
- * handed up only when it holds, which is all that `unevaluatedProperties` asks. Evaluation is lazy: a
- * part that is never reached is never judged. Work is bounded by a depth and by a number of steps.
+ * What a schema has looked at (properties, items) is collected in a `struct seen` on its own level
+ * and handed up only when it holds, which is all that `unevaluatedProperties` asks. Evaluation is
+ * lazy: a part that is never reached is never judged. Work is bounded by a depth and by a number of
+ * steps.
  *
  * One file, though a long one: the keywords call the evaluator and the evaluator the keywords.
  */
@@ -172,14 +173,17 @@ static const char *const standard_types[] = {
 
 /* What exporters of database and programming-language types write; after it, what it means. */
 static const char *const type_aliases[][2] = {
-	{ "str", "string" }, { "text", "string" }, { "varchar", "string" }, { "char", "string" },
-	{ "nvarchar", "string" }, { "longtext", "string" }, { "enum", "string" }, { "uuid", "string" },
-	{ "date", "string" }, { "time", "string" }, { "datetime", "string" }, { "timestamp", "string" },
-	{ "int", "integer" }, { "int32", "integer" }, { "int64", "integer" }, { "long", "integer" },
-	{ "bigint", "integer" }, { "smallint", "integer" }, { "tinyint", "integer" },
-	{ "float", "number" }, { "double", "number" }, { "decimal", "number" }, { "numeric", "number" },
-	{ "real", "number" }, { "bool", "boolean" }, { "list", "array" }, { "tuple", "array" },
-	{ "dict", "object" }, { "map", "object" }, { "none", "null" }, { "nil", "null" },
+	{ "str", "string" },      { "text", "string" },     { "varchar", "string" },
+	{ "char", "string" },     { "nvarchar", "string" }, { "longtext", "string" },
+	{ "enum", "string" },     { "uuid", "string" },     { "date", "string" },
+	{ "time", "string" },     { "datetime", "string" }, { "timestamp", "string" },
+	{ "int", "integer" },     { "int32", "integer" },   { "int64", "integer" },
+	{ "long", "integer" },    { "bigint", "integer" },  { "smallint", "integer" },
+	{ "tinyint", "integer" }, { "float", "number" },    { "double", "number" },
+	{ "decimal", "number" },  { "numeric", "number" },  { "real", "number" },
+	{ "bool", "boolean" },    { "list", "array" },      { "tuple", "array" },
+	{ "dict", "object" },     { "map", "object" },      { "none", "null" },
+	{ "nil", "null" },
 };
 
 /* The standard name, or NULL. "VARCHAR(255)" is "varchar". */
@@ -195,7 +199,9 @@ static const char *standard_type(const char *type, bool aliases)
 	if (!aliases || n >= sizeof(base))
 		return NULL;
 	for (size_t i = 0; i <= n; i++)
-		base[i] = i == n ? '\0' : (char)(type[i] >= 'A' && type[i] <= 'Z' ? type[i] + 32 : type[i]);
+		base[i] =
+			i == n ? '\0'
+			       : (char)(type[i] >= 'A' && type[i] <= 'Z' ? type[i] + 32 : type[i]);
 	for (size_t i = 0; i < sizeof(type_aliases) / sizeof(*type_aliases); i++) {
 		if (!strcmp(base, type_aliases[i][0]))
 			return type_aliases[i][1];
@@ -220,8 +226,9 @@ static bool has_type(const json_t *value, const char *type)
 	case JSON_INTEGER:
 		return !strcmp(type, "integer") || !strcmp(type, "number");
 	case JSON_REAL:
-		return !strcmp(type, "number") || (!strcmp(type, "integer") && isfinite(number_of(value)) &&
-		                                   floor(number_of(value)) == number_of(value));
+		return !strcmp(type, "number") ||
+		       (!strcmp(type, "integer") && isfinite(number_of(value)) &&
+		        floor(number_of(value)) == number_of(value));
 	}
 	return false;
 }
@@ -292,7 +299,8 @@ static int check_multiple_of(struct eval *e, const json_t *of)
 }
 
 /* `side` 1: the value is at least the bound, -1: at most; `strict`: and not the bound itself. */
-static int check_bound(struct eval *e, const json_t *bound, const char *keyword, int side, bool strict)
+static int check_bound(struct eval *e, const json_t *bound, const char *keyword, int side,
+                       bool strict)
 {
 	int order;
 
@@ -337,7 +345,8 @@ static int check_size(struct eval *e, const json_t *limit, const char *keyword, 
 
 static int check_min_length(struct eval *e, const json_t *v)
 {
-	return check_size(e, v, "minLength", json_is_string(e->value) ? code_points(e->value) : SIZE_MAX);
+	return check_size(e, v, "minLength",
+	                  json_is_string(e->value) ? code_points(e->value) : SIZE_MAX);
 }
 
 static int check_max_length(struct eval *e, const json_t *v)
@@ -347,7 +356,8 @@ static int check_max_length(struct eval *e, const json_t *v)
 
 static int check_min_items(struct eval *e, const json_t *v)
 {
-	return check_size(e, v, "minItems", json_is_array(e->value) ? json_array_size(e->value) : SIZE_MAX);
+	return check_size(e, v, "minItems",
+	                  json_is_array(e->value) ? json_array_size(e->value) : SIZE_MAX);
 }
 
 static int check_max_items(struct eval *e, const json_t *v)
@@ -377,7 +387,8 @@ static int check_unique(struct eval *e, const json_t *unique)
 	for (size_t i = 0; i < n; i++) {
 		for (size_t j = 0; j < i; j++) {
 			if (++e->ctx->steps > MAX_STEPS)
-				return km_fail(e->ctx->err, KM_ELIMIT, "schema: evaluation takes too long");
+				return km_fail(e->ctx->err, KM_ELIMIT,
+				               "schema: evaluation takes too long");
 			if (equal(json_array_get(e->value, i), json_array_get(e->value, j)))
 				return 0;
 		}
@@ -387,8 +398,8 @@ static int check_unique(struct eval *e, const json_t *unique)
 
 /* ---- patterns ---- */
 
-static int match_pattern(struct context *ctx, const char *pattern, size_t pattern_len, const char *s,
-                         size_t len)
+static int match_pattern(struct context *ctx, const char *pattern, size_t pattern_len,
+                         const char *s, size_t len)
 {
 	pcre2_compile_context *cc = pcre2_compile_context_create(NULL);
 	pcre2_code *code = NULL;
@@ -398,8 +409,8 @@ static int match_pattern(struct context *ctx, const char *pattern, size_t patter
 	int number, rc = KM_EUNSUPPORTED;
 
 	pcre2_set_compile_extra_options(cc, PCRE2_EXTRA_ALT_BSUX);
-	code = pcre2_compile((PCRE2_SPTR)pattern, pattern_len, PCRE2_UTF | PCRE2_DOLLAR_ENDONLY, &number,
-	                     &at, cc);
+	code = pcre2_compile((PCRE2_SPTR)pattern, pattern_len, PCRE2_UTF | PCRE2_DOLLAR_ENDONLY,
+	                     &number, &at, cc);
 	if (!code) {
 		km_fail(ctx->err, rc, "schema: the pattern \"%.*s\" does not compile (at byte %zu)",
 		        (int)pattern_len, pattern, at);
@@ -412,7 +423,8 @@ static int match_pattern(struct context *ctx, const char *pattern, size_t patter
 		if (number >= 0 || number == PCRE2_ERROR_NOMATCH)
 			rc = number >= 0;
 		else
-			km_fail(ctx->err, rc, "schema: the pattern \"%.*s\" takes too long to match",
+			km_fail(ctx->err, rc,
+			        "schema: the pattern \"%.*s\" takes too long to match",
 			        (int)pattern_len, pattern);
 	}
 	pcre2_match_context_free(mc);
@@ -499,7 +511,8 @@ static int check_pattern_properties(struct eval *e, const json_t *patterns)
 		return wrong_keyword(e, "patternProperties", "an object of schemas");
 	json_object_foreach((json_t *)e->value, name, value) {
 		json_object_foreach((json_t *)patterns, pattern, schema) {
-			int rc = match_pattern(e->ctx, pattern, strlen(pattern), name, strlen(name));
+			int rc =
+				match_pattern(e->ctx, pattern, strlen(pattern), name, strlen(name));
 
 			KM_TRY(rc);
 			if (!rc)
@@ -937,7 +950,8 @@ static int check_keywords(struct eval *e)
 	return 1;
 }
 
-/* `seen`: of the same value one level up, or NULL. It gets what this schema has looked at, if valid. */
+/* `seen`: of the same value one level up, or NULL. It gets what this schema has looked at, if
+ * valid. */
 static int evaluate(struct context *ctx, const struct scope *scope, const json_t *schema,
                     const json_t *value, struct seen *seen)
 {
@@ -949,12 +963,13 @@ static int evaluate(struct context *ctx, const struct scope *scope, const json_t
 	if (json_is_boolean(schema))
 		return json_is_true(schema);
 	if (!json_is_object(schema))
-		return km_fail(ctx->err, KM_EINVAL, "schema: a schema must be an object, true or false");
+		return km_fail(ctx->err, KM_EINVAL,
+		               "schema: a schema must be an object, true or false");
 	if (++ctx->steps > MAX_STEPS)
 		return km_fail(ctx->err, KM_ELIMIT, "schema: evaluation takes too long");
 	if (ctx->depth >= MAX_DEPTH)
-		return km_fail(ctx->err, KM_ELIMIT, "schema: references go round, or deeper than %d levels",
-		               MAX_DEPTH);
+		return km_fail(ctx->err, KM_ELIMIT,
+		               "schema: references go round, or deeper than %d levels", MAX_DEPTH);
 	if (json_is_string(json_object_get(schema, "$id")))
 		e.scope = &inner;
 	ctx->depth++;

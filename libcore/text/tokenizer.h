@@ -59,7 +59,8 @@ const char *km_tokenizer_bytes(const km_tokenizer *tokenizer, int32_t id, size_t
 bool km_tokenizer_is_special(const km_tokenizer *tokenizer, int32_t id);
 int32_t km_tokenizer_special(const km_tokenizer *tokenizer, const char *name); /* -1: none */
 int32_t km_tokenizer_vocab_size(const km_tokenizer *tokenizer); /* one past the highest id */
-int32_t km_tokenizer_base_size(const km_tokenizer *tokenizer);  /* where the reserved block starts */
+/* where the reserved block starts */
+int32_t km_tokenizer_base_size(const km_tokenizer *tokenizer);
 
 /* Streaming decode: bytes in, whole characters out. At most 3 bytes are held. Zero it first. */
 typedef struct km_utf8_stream {

@@ -12,8 +12,8 @@ static bool is_digit(char c)
 /* Letters, digits, '_', '.', '-', and every byte of a character beyond ASCII. */
 static bool is_name_byte(char c)
 {
-	return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || is_digit(c) || c == '_' || c == '.' ||
-	       c == '-' || (unsigned char)c >= 0x80;
+	return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || is_digit(c) || c == '_' ||
+	       c == '.' || c == '-' || (unsigned char)c >= 0x80;
 }
 
 /* [functions.]NAME:N, where only the prefix is not the name's: names may hold dots themselves. */
@@ -85,7 +85,8 @@ const char *km_tool_infer(const json_t *tools, const char *arguments, size_t len
 		return NULL;
 	}
 	json_array_foreach((json_t *)tools, i, tool) {
-		int rc = km_schema_accepts_arguments(json_object_get(function_of(tool), "parameters"), value);
+		int rc = km_schema_accepts_arguments(
+			json_object_get(function_of(tool), "parameters"), value);
 
 		/* A schema that cannot be evaluated cannot be ruled out as a second match. */
 		if (rc < 0 || (rc && found)) {

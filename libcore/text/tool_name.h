@@ -1,8 +1,9 @@
 /*
- * A call's name from its header, or from the declared tools and the arguments when the header has none.
+ * A call's name from its header, or from the declared tools and the arguments when the header has
+ * none.
  *
- * Source: the id contract of Moonshot's tool_call_guidance.md ("functions.NAME:N"); the inference is
- * SGLang's rule: a single declared tool, or the one tool whose schema accepts the arguments.
+ * Source: the id contract of Moonshot's tool_call_guidance.md ("functions.NAME:N"); the inference
+ * is SGLang's rule: a single declared tool, or the one tool whose schema accepts the arguments.
  */
 #ifndef KM_TEXT_TOOL_NAME_H
 #define KM_TEXT_TOOL_NAME_H

@@ -8,8 +8,8 @@
  * has the refusal as its response. Either counts as failed, and the rest goes on.
  *
  * Requests run through the same jobs as over HTTP. When the engine fails for good, what ran is
- * answered with the failure and nothing more is read. One thread reads and writes; the caller's `stop`
- * ends the work early: what runs is cancelled, what is done has been written.
+ * answered with the failure and nothing more is read. One thread reads and writes; the caller's
+ * `stop` ends the work early: what runs is cancelled, what is done has been written.
  */
 #ifndef KM_WIRE_BATCH_LINES_H
 #define KM_WIRE_BATCH_LINES_H

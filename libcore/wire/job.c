@@ -18,8 +18,8 @@
 #include "base/clock.h"
 #include "base/mem.h"
 
-/* Events of a whole answer are turned into text when there are this many bytes of them, not all at its
- * end: an event takes some 200 bytes, its text about 4. */
+/* Events of a whole answer are turned into text when there are this many bytes of them, not all at
+ * its end: an event takes some 200 bytes, its text about 4. */
 enum { DIGEST_BYTES = 256 << 10 };
 
 struct part {

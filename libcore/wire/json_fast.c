@@ -9,8 +9,8 @@
 #define EACH UINT64_C(0x0101010101010101)
 #define TOPS UINT64_C(0x8080808080808080)
 
-/* The high bit of each byte of `w` that is '"', '\\', below 0x20, or not ASCII. Bytes above the first
- * such may be marked wrongly (borrows), the first never is. */
+/* The high bit of each byte of `w` that is '"', '\\', below 0x20, or not ASCII. Bytes above the
+ * first such may be marked wrongly (borrows), the first never is. */
 static uint64_t special_bytes(uint64_t w)
 {
 	uint64_t quote = w ^ (EACH * '"'), slash = w ^ (EACH * '\\');
@@ -24,8 +24,8 @@ struct cursor {
 	char *out;
 };
 
-/* Copies up to the first byte that needs care: a special of ASCII, or ill-formed UTF-8. Writes up to 8
- * bytes past what it copies: a word is stored before it is known how much of it counts. */
+/* Copies up to the first byte that needs care: a special of ASCII, or ill-formed UTF-8. Writes up
+ * to 8 bytes past what it copies: a word is stored before it is known how much of it counts. */
 static void copy_plain(struct cursor *c)
 {
 	const char *s = c->s, *end = c->end;
@@ -118,8 +118,8 @@ static bool read_u_escape(struct cursor *c)
 static bool read_escape(struct cursor *c)
 {
 	static const char meaning[128] = {
-		['"'] = '"', ['\\'] = '\\', ['/'] = '/', ['b'] = '\b', ['f'] = '\f', ['n'] = '\n', ['r'] = '\r',
-		['t'] = '\t',
+		['"'] = '"',  ['\\'] = '\\', ['/'] = '/',  ['b'] = '\b',
+		['f'] = '\f', ['n'] = '\n',  ['r'] = '\r', ['t'] = '\t',
 	};
 	unsigned char letter;
 
@@ -161,7 +161,8 @@ static void write_escape(struct cursor *c)
 {
 	static const char hex[] = "0123456789abcdef";
 	static const char letters[128] = {
-		['\b'] = 'b', ['\t'] = 't', ['\n'] = 'n', ['\f'] = 'f', ['\r'] = 'r', ['"'] = '"', ['\\'] = '\\',
+		['\b'] = 'b', ['\t'] = 't', ['\n'] = 'n',  ['\f'] = 'f',
+		['\r'] = 'r', ['"'] = '"',  ['\\'] = '\\',
 	};
 	unsigned char byte = (unsigned char)*c->s;
 	size_t len;
@@ -192,7 +193,8 @@ void km_json_fast_write(km_buf *out, const char *s, size_t n)
 
 	km_buf_putc(out, '"');
 	while (s < end) {
-		/* A block's cut may lie inside a character: it goes back to the character's first byte. */
+		/* A block's cut may lie inside a character: it goes back to the character's first
+		 * byte. */
 		size_t block = (size_t)(end - s) > BLOCK ? BLOCK : (size_t)(end - s);
 		struct cursor c;
 
@@ -219,7 +221,8 @@ static bool is_hex(char c)
 	return (c >= '0' && c <= '9') || (low >= 'a' && low <= 'f');
 }
 
-/* The end of an escape at s[0] == '\\'; `*lone` says that it is a surrogate without its other half. */
+/* The end of an escape at s[0] == '\\'; `*lone` says that it is a surrogate without its other
+ * half. */
 static size_t escape_length(const char *s, size_t n, bool *lone)
 {
 	char first, second;
@@ -231,8 +234,8 @@ static size_t escape_length(const char *s, size_t n, bool *lone)
 	if (s[3] < '8' || !is_hex(s[3]))
 		return 2;
 	second = n >= 12 ? (char)(s[9] | 0x20) : 0;
-	if ((s[3] == '8' || s[3] == '9' || first == 'a' || first == 'b') && n >= 12 && s[6] == '\\' &&
-	    s[7] == 'u' && (s[8] | 0x20) == 'd' && second >= 'c' && second <= 'f')
+	if ((s[3] == '8' || s[3] == '9' || first == 'a' || first == 'b') && n >= 12 &&
+	    s[6] == '\\' && s[7] == 'u' && (s[8] | 0x20) == 'd' && second >= 'c' && second <= 'f')
 		return 12;
 	*lone = true;
 	return 6;
@@ -257,7 +260,8 @@ static void sanitize(const char *s, size_t n, km_buf *out, size_t *bad_count, si
 	}
 }
 
-json_t *km_json_load(const char *s, size_t n, json_error_t *error, size_t *bad_count, size_t *bad_at)
+json_t *km_json_load(const char *s, size_t n, json_error_t *error, size_t *bad_count,
+                     size_t *bad_at)
 {
 	km_buf clean = KM_BUF_INIT;
 	json_t *value;

@@ -23,7 +23,8 @@ typedef struct km_histogram {
 } km_histogram;
 
 typedef struct km_metrics {
-	km_histogram time_to_first_token, inter_token_latency, e2e_request_latency, request_queue_time;
+	km_histogram time_to_first_token, inter_token_latency, e2e_request_latency,
+		request_queue_time;
 	_Atomic int64_t
 		success[KM_FINISH_ERROR + 2]; /* choices by km_finish; the last: tool_calls */
 	_Atomic int64_t disconnected; /* clients gone before their answer was whole */

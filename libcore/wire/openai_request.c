@@ -618,8 +618,8 @@ static int json_depth(const char *s, size_t len)
 	return deepest;
 }
 
-/* A NUL is refused, not cut at: no model was taught one, and half the ways that a string goes through
- * from here on end at it. */
+/* A NUL is refused, not cut at: no model was taught one, and half the ways that a string goes
+ * through from here on end at it. */
 json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 {
 	json_error_t where;
@@ -638,10 +638,11 @@ json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 	}
 	json = json_loadb(body, len, 0, &where);
 	if (!json && json_error_code(&where) == json_error_null_character) {
-		km_openai_fail(error, 400, NULL, "invalid_json",
-		               "A string of the body holds \\u0000 (line %d column %d), which is not "
-		               "accepted.",
-		               where.line, where.column);
+		km_openai_fail(
+			error, 400, NULL, "invalid_json",
+			"A string of the body holds \\u0000 (line %d column %d), which is not "
+			"accepted.",
+			where.line, where.column);
 		return NULL;
 	}
 	if (!json) {

@@ -72,8 +72,8 @@ static void note_bad_utf8(struct notes *n, size_t count, size_t at)
 	if (!count)
 		return;
 	notes_flush(n);
-	snprintf(what, sizeof(what), "%zu places that are not UTF-8, the first at byte %zu, are U+FFFD", count,
-	         at);
+	snprintf(what, sizeof(what),
+	         "%zu places that are not UTF-8, the first at byte %zu, are U+FFFD", count, at);
 	n->what = what;
 	notes_flush(n);
 }
@@ -85,7 +85,8 @@ static void note_control(struct notes *n, size_t count, size_t at)
 	if (!count)
 		return;
 	notes_flush(n);
-	snprintf(what, sizeof(what), "%zu control tokens, the first \"ids\"[%zu], are no text", count, at);
+	snprintf(what, sizeof(what), "%zu control tokens, the first \"ids\"[%zu], are no text",
+	         count, at);
 	n->what = what;
 	notes_flush(n);
 }
@@ -209,7 +210,8 @@ static int run_completion(km_parse_filter *f, struct sink *sink, km_parser *pars
 		if (!rc && stream)
 			rc = write_all(f, stream, err);
 		if (!rc && !stream && src->offset > f->max_bytes)
-			rc = km_fail(err, KM_ELIMIT, "the completion is longer than --max-bytes %zu", f->max_bytes);
+			rc = km_fail(err, KM_ELIMIT,
+			             "the completion is longer than --max-bytes %zu", f->max_bytes);
 	}
 	if (!rc) {
 		km_parser_finish(parser);
@@ -335,7 +337,8 @@ static int next_line(struct job *j, const char **line, size_t *len, km_err *err)
 
 	for (;;) {
 		char *newline = l->scanned < l->end
-		                        ? memchr(l->data + l->scanned, '\n', l->end - l->scanned) : NULL;
+		                        ? memchr(l->data + l->scanned, '\n', l->end - l->scanned)
+		                        : NULL;
 
 		if (newline || (l->eof && l->at < l->end)) {
 			*line = l->data + l->at;
@@ -343,7 +346,8 @@ static int next_line(struct job *j, const char **line, size_t *len, km_err *err)
 			l->at = l->scanned = newline ? (size_t)(newline + 1 - l->data) : l->end;
 			l->number++;
 			if (*len > max)
-				return km_fail(err, KM_ELIMIT, "the line is longer than --max-bytes %zu", max);
+				return km_fail(err, KM_ELIMIT,
+				               "the line is longer than --max-bytes %zu", max);
 			return 1;
 		}
 		if (l->eof)
@@ -352,7 +356,8 @@ static int next_line(struct job *j, const char **line, size_t *len, km_err *err)
 		if (l->end - l->at > max) {
 			l->number++;
 			KM_TRY(skip_line(j, err));
-			return km_fail(err, KM_ELIMIT, "the line is longer than --max-bytes %zu", max);
+			return km_fail(err, KM_ELIMIT, "the line is longer than --max-bytes %zu",
+			               max);
 		}
 		KM_TRY(write_all(j->filter, &j->out, err));
 		make_room(l, max);
@@ -367,7 +372,8 @@ static int parse_line(struct job *j, const char *line, size_t len, km_err *err)
 	km_parse_request *r = &j->request;
 	km_parser *parser;
 
-	if (j->lines.number == 1 && len >= 3 && !memcmp(line, "\xef\xbb\xbf", 3)) { /* byte order mark */
+	/* byte order mark */
+	if (j->lines.number == 1 && len >= 3 && !memcmp(line, "\xef\xbb\xbf", 3)) {
 		line += 3;
 		len -= 3;
 	}
@@ -381,7 +387,8 @@ static int parse_line(struct job *j, const char *line, size_t len, km_err *err)
 	km_parser_finish(parser);
 	km_parser_free(parser);
 	notes_flush(&j->notes);
-	km_parse_json_message(&j->out, &j->message, km_finish_reason(j->message.count, r->engine_finish));
+	km_parse_json_message(&j->out, &j->message,
+	                      km_finish_reason(j->message.count, r->engine_finish));
 	return 0;
 }
 
@@ -447,7 +454,8 @@ int km_parse_filter_sse(km_parse_filter *f, km_err *err)
 		rc = read_some(f, block, BLOCK, &got, err);
 		if (!rc)
 			rc = km_sse_repair_push(repair, block, got, &out, err);
-		if (!rc || rc == KM_ELIMIT) { /* what was certain before a bad event goes out first */
+		/* what was certain before a bad event goes out first */
+		if (!rc || rc == KM_ELIMIT) {
 			km_err closed;
 			int written = write_all(f, &out, &closed);
 

@@ -2,8 +2,8 @@
  * kimi-parse as a function: one file descriptor in, one out, in four forms.
  *
  * Output is written when a block of input has been worked through and before more is waited for, so
- * that a pipe sees each result as soon as it is certain. Memory is bounded by max_bytes: the longest
- * line, event or completion that is taken; longer ones are refused with a sentence.
+ * that a pipe sees each result as soon as it is certain. Memory is bounded by max_bytes: the
+ * longest line, event or completion that is taken; longer ones are refused with a sentence.
  */
 #ifndef KM_WIRE_PARSE_FILTER_H
 #define KM_WIRE_PARSE_FILTER_H

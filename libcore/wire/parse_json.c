@@ -49,7 +49,8 @@ void km_parse_json_delta(km_buf *out, const km_parser_event *e)
 		km_buf_puts(out, ",\"arguments\":");
 		break;
 	case KM_PARSED_ARGUMENTS:
-		km_buf_printf(out, "{\"tool_calls\":[{\"index\":%d,\"function\":{\"arguments\":", e->call_index);
+		km_buf_printf(out, "{\"tool_calls\":[{\"index\":%d,\"function\":{\"arguments\":",
+		              e->call_index);
 		break;
 	}
 	km_json_fast_write(out, e->text, e->len);

@@ -1,7 +1,8 @@
 /*
  * What the parser gives, as OpenAI's JSON: whole messages, deltas, and errors in a line's place.
  *
- * Always valid JSON and UTF-8: what the model wrote wrongly is U+FFFD. Appended to a buffer, no newline.
+ * Always valid JSON and UTF-8: what the model wrote wrongly is U+FFFD. Appended to a buffer, no
+ * newline.
  */
 #ifndef KM_WIRE_PARSE_JSON_H
 #define KM_WIRE_PARSE_JSON_H

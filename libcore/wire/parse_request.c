@@ -47,7 +47,8 @@ int km_parse_set_parsers(km_parser_options *options, const char *which, km_err *
 	     both = !strcmp(which, "both");
 
 	if (!tool && !reasoning && !both)
-		return km_fail(err, KM_EINVAL, "\"parsers\" is \"tool\", \"reasoning\" or \"both\", not \"%.40s\"",
+		return km_fail(err, KM_EINVAL,
+		               "\"parsers\" is \"tool\", \"reasoning\" or \"both\", not \"%.40s\"",
 		               which);
 	options->tools = tool || both;
 	options->reasoning = reasoning || both;
@@ -57,7 +58,8 @@ int km_parse_set_parsers(km_parser_options *options, const char *which, km_err *
 static int set_finish(km_parse_request *r, const char *finish, km_err *err)
 {
 	if (strcmp(finish, "stop") && strcmp(finish, "length"))
-		return km_fail(err, KM_EINVAL, "\"engine_finish\" is \"stop\" or \"length\", not \"%.40s\"",
+		return km_fail(err, KM_EINVAL,
+		               "\"engine_finish\" is \"stop\" or \"length\", not \"%.40s\"",
 		               finish);
 	r->engine_finish = strcmp(finish, "stop") ? "length" : "stop";
 	return 0;
@@ -73,7 +75,8 @@ struct scan {
 
 static void skip_space(struct scan *sc)
 {
-	while (sc->s < sc->end && (*sc->s == ' ' || *sc->s == '\t' || *sc->s == '\r' || *sc->s == '\n'))
+	while (sc->s < sc->end &&
+	       (*sc->s == ' ' || *sc->s == '\t' || *sc->s == '\r' || *sc->s == '\n'))
 		sc->s++;
 }
 
@@ -145,7 +148,8 @@ static bool scan_count(struct scan *sc, int *value)
 	       (*sc->s == ',' || *sc->s == '}' || *sc->s == ' ');
 }
 
-/* The end of the array at s, or NULL: no more than bracket counting, jansson judges what is inside. */
+/* The end of the array at s, or NULL: no more than bracket counting, jansson judges what is
+ * inside. */
 static const char *array_end(const char *s, const char *end)
 {
 	enum { MAX_DEPTH = 1000 };
@@ -216,7 +220,12 @@ static bool scan_thinking(struct scan *sc, km_parse_request *r)
 
 enum key {
 	KEY_TEXT = 1, /* or chunks */
-	KEY_THINKING = 2, KEY_FINISH = 4, KEY_HISTORY = 8, KEY_PARSERS = 16, KEY_TOOLS = 32, KEY_CHOICE = 64,
+	KEY_THINKING = 2,
+	KEY_FINISH = 4,
+	KEY_HISTORY = 8,
+	KEY_PARSERS = 16,
+	KEY_TOOLS = 32,
+	KEY_CHOICE = 64,
 };
 
 /* Reads the value of the key in sc->word; 0 leaves the line to jansson, else the key's bit. */
@@ -287,7 +296,8 @@ static int load(km_parse_request *r, const char *line, size_t len, km_err *err)
 
 	r->root = km_json_load(line, len, &error, &r->bad_count, &r->bad_at);
 	if (!r->root)
-		return km_fail(err, KM_EFORMAT, "not JSON: %s (at byte %d)", error.text, error.position);
+		return km_fail(err, KM_EFORMAT, "not JSON: %s (at byte %d)", error.text,
+		               error.position);
 	if (!json_is_object(r->root))
 		return km_fail(err, KM_EFORMAT, "a line must be a JSON object");
 	return 0;
@@ -316,7 +326,8 @@ static int read_text(km_parse_request *r, const json_t *root, km_err *err)
 	size_t i;
 
 	if (!!text + !!chunks + !!member(root, "ids") != 1)
-		return km_fail(err, KM_EINVAL, "a line has exactly one of \"text\", \"chunks\" and \"ids\"");
+		return km_fail(err, KM_EINVAL,
+		               "a line has exactly one of \"text\", \"chunks\" and \"ids\"");
 	if (text)
 		return append_string(r, text, "\"text\"", err);
 	if (chunks && !json_is_array(chunks))
@@ -341,8 +352,10 @@ static int read_ids(km_parse_request *r, const json_t *ids, km_err *err)
 		json_int_t value = json_is_integer(id) ? json_integer_value(id) : -1;
 		int32_t narrow = (int32_t)value;
 
-		if (value < 0 || value > INT32_MAX || !km_tokenizer_bytes(r->tokenizer, narrow, &len))
-			return km_fail(err, KM_EINVAL, "\"ids\"[%zu] is no token of this vocabulary", i);
+		if (value < 0 || value > INT32_MAX ||
+		    !km_tokenizer_bytes(r->tokenizer, narrow, &len))
+			return km_fail(err, KM_EINVAL,
+			               "\"ids\"[%zu] is no token of this vocabulary", i);
 		km_ids_append(&r->ids, &narrow, 1);
 		/* One at the end is how a turn ends. */
 		if (km_tokenizer_is_special(r->tokenizer, narrow) && i + 1 < json_array_size(ids) &&
@@ -368,7 +381,8 @@ static int read_settings(km_parse_request *r, const json_t *root, km_err *err)
 	if (history) {
 		if (!json_is_integer(history) || json_integer_value(history) < 0 ||
 		    json_integer_value(history) > MAX_HISTORY)
-			return km_fail(err, KM_EINVAL, "\"history_tool_calls\" must be a whole number from 0 to %d",
+			return km_fail(err, KM_EINVAL,
+			               "\"history_tool_calls\" must be a whole number from 0 to %d",
 			               MAX_HISTORY);
 		r->parser.history_tool_calls = (int)json_integer_value(history);
 	}
@@ -392,7 +406,8 @@ static int choose_tool(km_parse_request *r, const char *name, km_err *err)
 	size_t i;
 
 	json_array_foreach((json_t *)r->parser.declared_tools, i, tool) {
-		const char *its = json_string_value(json_object_get(json_object_get(tool, "function"), "name"));
+		const char *its = json_string_value(
+			json_object_get(json_object_get(tool, "function"), "name"));
 
 		if (its && !strcmp(its, name)) {
 			r->tools = json_array();
@@ -426,8 +441,9 @@ static int read_tools(km_parse_request *r, const json_t *root, km_err *err)
 		return 0;
 	name = json_string_value(json_object_get(json_object_get(choice, "function"), "name"));
 	if (!name)
-		return km_fail(err, KM_EINVAL,
-		               "\"tool_choice\" is \"none\", \"auto\", \"required\" or names a function");
+		return km_fail(
+			err, KM_EINVAL,
+			"\"tool_choice\" is \"none\", \"auto\", \"required\" or names a function");
 	return choose_tool(r, name, err);
 }
 
@@ -445,7 +461,8 @@ static int read_spans(km_parse_request *r, const json_t *spans, km_err *err)
 	if (!spans)
 		return 0;
 	if (!json_is_array(spans))
-		return km_fail(err, KM_EINVAL, "\"literal_spans\" must be an array of [start, end]");
+		return km_fail(err, KM_EINVAL,
+		               "\"literal_spans\" must be an array of [start, end]");
 	r->literal = km_xreallocarray(r->literal, count + 1, sizeof(*r->literal));
 	for (size_t i = 0; i < 2 * count; i++) {
 		const json_t *bound = json_array_get(json_array_get(spans, i / 2), i % 2);
@@ -456,7 +473,8 @@ static int read_spans(km_parse_request *r, const json_t *spans, km_err *err)
 		for (; index < (size_t)want; index++) {
 			if (at == r->text.len)
 				return wrong_span(i / 2, err);
-			for (at++; at < r->text.len && ((unsigned char)r->text.data[at] & 0xc0) == 0x80;)
+			for (at++;
+			     at < r->text.len && ((unsigned char)r->text.data[at] & 0xc0) == 0x80;)
 				at++;
 		}
 		*(i % 2 ? &r->literal[i / 2].end : &r->literal[i / 2].start) = at;

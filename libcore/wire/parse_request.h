@@ -5,10 +5,10 @@
  *   "history_tool_calls", "engine_finish", "tool_choice", "literal_spans", "parsers"
  *
  * Two readers. The common line (a text or chunks, tools, and plain settings) goes through a scanner
- * of its own, which reads tools once for all the lines that repeat them; every other line, and every
- * line that is wrong, goes through jansson, which gives the verdict and the sentence. Where both
- * accept a line they read the same from it; a test holds them to that. A member that is null counts
- * as absent. Ill-formed UTF-8 and lone surrogates are read as U+FFFD and counted.
+ * of its own, which reads tools once for all the lines that repeat them; every other line, and
+ * every line that is wrong, goes through jansson, which gives the verdict and the sentence. Where
+ * both accept a line they read the same from it; a test holds them to that. A member that is null
+ * counts as absent. Ill-formed UTF-8 and lone surrogates are read as U+FFFD and counted.
  *
  * The request's buffers are kept from line to line. One thread.
  */
@@ -43,11 +43,15 @@ typedef struct km_parse_request {
 	size_t literal_count;
 	km_ids ids;
 	bool has_ids;
-	size_t control_count, control_at; /* control tokens before the last id, and the first's place */
+	/* control tokens before the last id, and the first's place */
+	size_t control_count, control_at;
 	const km_tokenizer *tokenizer;
-	size_t bad_count, bad_at; /* ill-formed places in the line, and the first one's byte offset */
-	json_t *root, *tools;     /* owned: the line as jansson read it; the one tool of tool_choice */
-	km_buf tools_text;        /* the last "tools" that the scanner met, as written: logs repeat them */
+	/* ill-formed places in the line, and the first one's byte offset */
+	size_t bad_count, bad_at;
+	/* owned: the line as jansson read it; the one tool of tool_choice */
+	json_t *root, *tools;
+	/* the last "tools" that the scanner met, as written: logs repeat them */
+	km_buf tools_text;
 	json_t *tools_read;       /* owned: what they say */
 } km_parse_request;
 
@@ -61,7 +65,8 @@ int km_parse_request_read_slowly(km_parse_request *request, const km_parse_defau
                                  const char *line, size_t len, km_err *err);
 
 /* Gives the parser the bytes [from, to) of the text, or the ids [from, to). */
-void km_parse_request_feed(const km_parse_request *request, km_parser *parser, size_t from, size_t to);
+void km_parse_request_feed(const km_parse_request *request, km_parser *parser, size_t from,
+                           size_t to);
 
 /* "--parsers" and the like: "tool", "reasoning", "both". */
 int km_parse_set_parsers(km_parser_options *options, const char *which, km_err *err);

@@ -24,7 +24,8 @@ bool km_sse_reader_cut(const km_sse_reader *r)
 
 static int too_long(const km_sse_reader *r, km_err *err)
 {
-	return km_fail(err, KM_ELIMIT, "an event of the stream is longer than %zu bytes", r->line.max);
+	return km_fail(err, KM_ELIMIT, "an event of the stream is longer than %zu bytes",
+	               r->line.max);
 }
 
 static int take_data(km_sse_reader *r, const char *s, size_t n, km_err *err)
@@ -49,7 +50,8 @@ static int take_line(km_sse_reader *r, const char *s, size_t n, km_err *err)
 	if (!n) {
 		if (!r->has_data)
 			return 0;
-		rc = r->on_event(r->ctx, KM_SSE_DATA, r->data.len ? r->data.data : "", r->data.len, err);
+		rc = r->on_event(r->ctx, KM_SSE_DATA, r->data.len ? r->data.data : "", r->data.len,
+		                 err);
 		km_buf_clear(&r->data);
 		r->has_data = false;
 		return rc;

@@ -18,7 +18,8 @@
 enum km_sse_kind { KM_SSE_DATA, KM_SSE_COMMENT };
 
 /* `text` is borrowed for the call. A negative result ends the push that made the call. */
-typedef int (*km_sse_fn)(void *ctx, enum km_sse_kind kind, const char *text, size_t len, km_err *err);
+typedef int (*km_sse_fn)(void *ctx, enum km_sse_kind kind, const char *text, size_t len,
+                         km_err *err);
 
 typedef struct km_sse_reader {
 	km_sse_fn on_event;

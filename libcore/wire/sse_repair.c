@@ -141,8 +141,8 @@ static void take_content(km_sse_choice *choice, const json_t *text)
 	km_parser_bytes(choice->parser, json_string_value(text), json_string_length(text));
 }
 
-/* The engine's own reasoning field. It may hold leaked markers too, so it goes through the parser, as
- * the inside of a think block. */
+/* The engine's own reasoning field. It may hold leaked markers too, so it goes through the parser,
+ * as the inside of a think block. */
 static void take_reasoning(km_sse_choice *choice, const json_t *text)
 {
 	const km_parser_options *options = &choice->repair->parser;
@@ -150,8 +150,9 @@ static void take_reasoning(km_sse_choice *choice, const json_t *text)
 	if (!json_string_length(text))
 		return;
 	if (!options->reasoning) {
-		km_parser_event event = { .kind = KM_PARSED_REASONING, .text = json_string_value(text),
-		                          .len = json_string_length(text) };
+		km_parser_event event = { .kind = KM_PARSED_REASONING,
+			                  .text = json_string_value(text),
+			                  .len = json_string_length(text) };
 
 		on_parsed(choice, &event);
 		return;
@@ -190,7 +191,8 @@ static void take_call(km_sse_choice *choice, const json_t *call)
 	km_parser_event event = { .kind = KM_PARSED_ARGUMENTS };
 	bool is_new;
 
-	event.call_index = native_index(choice, json_integer_value(json_object_get(call, "index")), &is_new);
+	event.call_index =
+		native_index(choice, json_integer_value(json_object_get(call, "index")), &is_new);
 	event.text = json_is_string(arguments) ? json_string_value(arguments) : "";
 	event.len = json_string_length(arguments);
 	if (event.call_index < 0) {

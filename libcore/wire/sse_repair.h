@@ -1,15 +1,17 @@
 /*
  * A chat or completions stream from an engine that leaks, made into a correct chat stream.
  *
- * Bytes of the stream go in as they come, corrected bytes are appended to `out` at once. Each choice
- * has a parser of its own. Text, wherever the engine put it (content, reasoning_content, reasoning, or
- * a completion's text), goes through it; tool calls that the engine did find keep their place among
- * the others and get the ids that the model's next turn needs. Everything else of a chunk (id, model,
- * usage, logprobs, keys of the delta that are not known here) is handed on. The finish reason is
- * corrected: tool_calls exactly when there is a call and the engine stopped by itself.
+ * Bytes of the stream go in as they come, corrected bytes are appended to `out` at once. Each
+ * choice has a parser of its own. Text, wherever the engine put it (content, reasoning_content,
+ * reasoning, or a completion's text), goes through it; tool calls that the engine did find keep
+ * their place among the others and get the ids that the model's next turn needs. Everything else of
+ * a chunk (id, model, usage, logprobs, keys of the delta that are not known here) is handed on. The
+ * finish reason is corrected: tool_calls exactly when there is a call and the engine stopped by
+ * itself.
  *
- * km_sse_repair_end says with KM_EFORMAT that the stream was cut (no [DONE]), or carried a chunk that
- * could not be read or an error of the server's; the output then holds what was certain, and no more.
+ * km_sse_repair_end says with KM_EFORMAT that the stream was cut (no [DONE]), or carried a chunk
+ * that could not be read or an error of the server's; the output then holds what was certain, and
+ * no more.
  */
 #ifndef KM_WIRE_SSE_REPAIR_H
 #define KM_WIRE_SSE_REPAIR_H
@@ -41,7 +43,8 @@ typedef struct km_sse_repair {
 	km_sse_reader reader;
 	km_sse_choice choices[KM_SSE_REPAIR_MAX_CHOICES];
 	json_t *envelope;         /* of the chunk at hand: all of it but the choices */
-	json_t *logprobs;         /* borrowed: of the choice at hand, until a chunk has carried them */
+	/* borrowed: of the choice at hand, until a chunk has carried them */
+	json_t *logprobs;
 	bool done;
 	km_err first;             /* the first thing that was wrong with the stream */
 } km_sse_repair;

@@ -1,7 +1,7 @@
 /*
- * JSONL lines of any bytes: the fast reader and jansson give the same verdict and read the same, and
- * what is read goes through the parser and comes out as JSON. Tools, and with them schemas, are the
- * input's own.
+ * JSONL lines of any bytes: the fast reader and jansson give the same verdict and read the same,
+ * and what is read goes through the parser and comes out as JSON. Tools, and with them schemas, are
+ * the input's own.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -41,7 +41,9 @@ static void check_output(const km_parse_request *request)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-	static const km_parse_defaults defaults = { { .tools = true, .reasoning = true }, "stop", NULL };
+	static const km_parse_defaults defaults = { { .tools = true, .reasoning = true },
+		                                    "stop",
+		                                    NULL };
 	km_parse_request fast, slow;
 	km_err err;
 	int a, b;
@@ -59,7 +61,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		CHECK(!fast.parser.declared_tools == !slow.parser.declared_tools);
 		CHECK(!fast.parser.declared_tools ||
 		      json_equal(fast.parser.declared_tools, slow.parser.declared_tools));
-		CHECK(fast.parser.tools == slow.parser.tools && fast.parser.reasoning == slow.parser.reasoning);
+		CHECK(fast.parser.tools == slow.parser.tools &&
+		      fast.parser.reasoning == slow.parser.reasoning);
 		CHECK(!strcmp(fast.engine_finish, slow.engine_finish));
 		check_output(&slow);
 	}

@@ -1,7 +1,7 @@
 /*
  * The output parser under any bytes, through both front ends. Checked on each input: every way of
- * cutting it gives the same message, each byte is in an event, the format's own or listed as dropped,
- * the two front ends agree where no spelling is theirs alone, and no call starts twice.
+ * cutting it gives the same message, each byte is in an event, the format's own or listed as
+ * dropped, the two front ends agree where no spelling is theirs alone, and no call starts twice.
  *
  * The first three bytes choose the options and the cuts; the rest is the model's output.
  */
@@ -132,8 +132,10 @@ static void check_same(const struct result *a, struct result *b)
 }
 
 static const char tools_json[] =
-	"[{\"type\":\"function\",\"function\":{\"name\":\"one\",\"parameters\":{\"type\":\"object\",\"properties\":"
-	"{\"x\":{\"type\":\"integer\"}},\"required\":[\"x\"]}}},{\"type\":\"function\",\"function\":{\"name\":\"two\","
+	"[{\"type\":\"function\",\"function\":{\"name\":\"one\",\"parameters\":{\"type\":"
+        "\"object\",\"properties\":"
+	"{\"x\":{\"type\":\"integer\"}},\"required\":[\"x\"]}}},{\"type\":\"function\","
+        "\"function\":{\"name\":\"two\","
 	"\"parameters\":{\"properties\":{\"s\":{\"type\":\"string\",\"pattern\":\"^a\"}}}}}]";
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -158,7 +160,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	check_same(&whole, &other);
 	parse_bytes(&other, &options, s, n, 1 + data[1]);
 	check_same(&whole, &other);
-	if (!memmem(s, n, "<|tool_call_section_", 20)) { /* the bytes' front end alone knows these */
+	/* the bytes' front end alone knows these */
+	if (!memmem(s, n, "<|tool_call_section_", 20)) {
 		parse_ids(&other, &options, s, n, 1 + data[2] % 16);
 		check_same(&whole, &other);
 	}

@@ -1,6 +1,6 @@
 /*
- * Streams of any bytes through the repair: what comes out is a well-formed stream of JSON objects, and
- * the same however the input was cut.
+ * Streams of any bytes through the repair: what comes out is a well-formed stream of JSON objects,
+ * and the same however the input was cut.
  */
 #include <stddef.h>
 #include <stdint.h>

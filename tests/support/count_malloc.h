@@ -1,6 +1,7 @@
 /*
- * Counts this program's allocations: malloc and its kin are libc's with a counter before them. Included by one file of a test program. Under a sanitizer, which has a malloc of its own,
- * nothing is counted and COUNTS_MALLOC is 0.
+ * Counts this program's allocations: malloc and its kin are libc's with a counter before them.
+ * Included by one file of a test program. Under a sanitizer, which has a malloc of its own, nothing
+ * is counted and COUNTS_MALLOC is 0.
  */
 #ifndef TESTS_COUNT_MALLOC_H
 #define TESTS_COUNT_MALLOC_H

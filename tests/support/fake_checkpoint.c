@@ -42,7 +42,8 @@ km_tensor *fake_add(fake_checkpoint *fake, const char *name, enum km_dtype dtype
 {
 	km_tensor *t;
 
-	fake->tensors = km_xreallocarray(fake->tensors, (size_t)fake->count + 1, sizeof(*fake->tensors));
+	fake->tensors =
+		km_xreallocarray(fake->tensors, (size_t)fake->count + 1, sizeof(*fake->tensors));
 	t = &fake->tensors[fake->count++];
 	*t = (km_tensor){ .name = km_xstrdup(name) };
 	fake_reshape(t, dtype, ndim, shape);
@@ -176,7 +177,8 @@ void fake_write(const fake_checkpoint *fake, const char *dir, int shards)
 		snprintf(name, sizeof(name), "model-%05d-of-%05d.safetensors", s + 1, shards);
 		write_file(dir, name, fake->tensors + begin, end - begin);
 		for (int i = begin; i < end; i++)
-			km_buf_printf(&index, "%s\"%s\":\"%s\"", i ? "," : "", fake->tensors[i].name, name);
+			km_buf_printf(&index, "%s\"%s\":\"%s\"", i ? "," : "",
+			              fake->tensors[i].name, name);
 	}
 	km_buf_puts(&index, "}}");
 	write_text(dir, "model.safetensors.index.json", index.data);

@@ -41,11 +41,14 @@ static void fill(const struct recipe *r, const char *name, enum km_dtype dtype, 
 
 	for (size_t i = 0; i < r->count; i++) {
 		if (!strcmp(r->kind, "values"))
-			((int32_t *)out)[i] = (int32_t)json_integer_value(json_array_get(r->amount, i));
+			((int32_t *)out)[i] =
+				(int32_t)json_integer_value(json_array_get(r->amount, i));
 		else if (!strcmp(r->kind, "bits"))
 			((uint32_t *)out)[i] = (uint32_t)km_rng_u64(seed, i);
 		else if (!strcmp(r->kind, "scale"))
-			store(dtype, ((float)(km_rng_u64(seed, i) >> 40) * 0x1p-24f + 0.5f) * amount, i, out);
+			store(dtype,
+			      ((float)(km_rng_u64(seed, i) >> 40) * 0x1p-24f + 0.5f) * amount, i,
+			      out);
 		else if (!strcmp(r->kind, "norm"))
 			store(dtype, km_rng_normal(seed, i) * amount + 1, i, out);
 		else
@@ -86,7 +89,8 @@ static void add_entry(json_t *entry, km_buf *header, km_buf *data)
 		json_string_value(json_object_get(entry, "kind")),
 		json_object_get(entry, "shape"), json_object_get(entry, "amount"), 1,
 	};
-	json_t *layers = json_object_get(entry, "layers"), *experts = json_object_get(entry, "experts");
+	json_t *layers = json_object_get(entry, "layers"),
+	       *experts = json_object_get(entry, "experts");
 	int from = layers ? (int)json_integer_value(json_array_get(layers, 0)) : 0;
 	int to = layers ? (int)json_integer_value(json_array_get(layers, 1)) : 1;
 	int count = experts ? (int)json_integer_value(experts) : 1;

@@ -1,7 +1,7 @@
 /*
- * Tiny checkpoints for tests: a golden file of tests/data/forward says what config.json is and how each
- * tensor is filled; the folder is made from it, config.json and one model.safetensors, exactly as
- * scripts/make-forward-golden filled the reference's.
+ * Tiny checkpoints for tests: a golden file of tests/data/forward says what config.json is and how
+ * each tensor is filled; the folder is made from it, config.json and one model.safetensors, exactly
+ * as scripts/make-forward-golden filled the reference's.
  */
 #ifndef TESTS_TINY_CHECKPOINT_H
 #define TESTS_TINY_CHECKPOINT_H
