@@ -1,4 +1,6 @@
 /* Tuning files: what is read is legal, can be written, and reads back as the same. */
+#include <stddef.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
