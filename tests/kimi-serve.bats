@@ -67,6 +67,12 @@ stop() {
 	done
 }
 
+@test "an empty key is refused: it is an unset variable most often" {
+	run timeout 20 "$serve" --model-path "$model" --port 0 --api-key "" $small
+	[ "$status" -eq 2 ]
+	[[ "$output" == "kimi-serve: --api-key is empty"* ]]
+}
+
 @test "what other engines know and this one has not is refused with a sentence" {
 	for args in "--quantization fp8" "--speculative-algorithm EAGLE3" "--enable-dp-attention" \
 		"--config x.yaml" "--lora-paths x"; do

@@ -386,6 +386,8 @@ static int check(const struct options *o, km_err *err)
 		               "--dcp-size, --nnodes) other than 1 are not built");
 	if (o->batch + o->plan + o->explain > 1)
 		return km_fail(err, KM_EINVAL, "--batch, --plan and --explain exclude each other");
+	if (o->api_key && !*o->api_key)
+		return km_fail(err, KM_EINVAL, "--api-key is empty, which would be no key");
 	if (o->batch && o->queued)
 		return km_fail(err, KM_EINVAL,
 		               "--max-queued-requests is for serving; the lines of --batch wait in the "
