@@ -1,4 +1,5 @@
-/* model/repack: there and back is the same bytes, what was damaged is named, nothing is left after a stop. */
+/* model/repack: there and back is the same bytes, what was damaged is named, nothing is left
+ * after a stop. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -27,14 +28,19 @@
 #include "model/weights.h"
 #include "support/fake_checkpoint.h"
 
-/* Synthesizes configs/models/NAME.json with an intermediate size that the layout takes, and, when `ignore`
- * is given, one more module that is left unquantised. Returns a folder whose "in" is the checkpoint. */
+/* Synthesizes configs/models/NAME.json with an intermediate size that the layout takes, and,
+ * when `ignore` is given, one more module that is left unquantised. Returns a folder whose "in"
+ * is the checkpoint. */
 static char *make(const char *name, int64_t shard_bytes, const char *ignore)
 {
 	char *dir = temp_dir(), *from = km_xasprintf("configs/models/%s.json", name), *text;
 	char *config = km_xasprintf("%s/c.json", dir), *in = km_xasprintf("%s/in", dir);
-	km_synth_options o = { .config_path = config, .out_dir = in, .seed = 3, .shard_bytes = shard_bytes,
-		               .layers = 2, .quiet = true };
+	km_synth_options o = { .config_path = config,
+		               .out_dir = in,
+		               .seed = 3,
+		               .shard_bytes = shard_bytes,
+		               .layers = 2,
+		               .quiet = true };
 	km_synth_result result;
 	json_t *doc, *inner, *quant;
 	size_t len;
@@ -76,8 +82,8 @@ static void remove_all(char *dir)
 
 typedef int (*work)(const km_repack_options *, km_repack_result *, km_err *);
 
-static int try_work(work f, const char *dir, const char *from, const char *to, km_repack_result *result,
-                    km_err *err)
+static int try_work(work f, const char *dir, const char *from, const char *to,
+                    km_repack_result *result, km_err *err)
 {
 	char *in = km_xasprintf("%s/%s", dir, from), *out = km_xasprintf("%s/%s", dir, to);
 	km_repack_options o = { .dir = in, .out_dir = out, .quiet = true };
@@ -88,7 +94,8 @@ static int try_work(work f, const char *dir, const char *from, const char *to, k
 	return rc;
 }
 
-static void must(work f, const char *dir, const char *from, const char *to, km_repack_result *result)
+static void must(work f, const char *dir, const char *from, const char *to,
+                 km_repack_result *result)
 {
 	km_err err;
 
@@ -112,12 +119,14 @@ static void refused(work f, const char *dir, const char *from, const char *sente
 
 static void same_file(const char *dir, const char *a, const char *b, const char *name)
 {
-	char *x = km_xasprintf("%s/%s/%s", dir, a, name), *y = km_xasprintf("%s/%s/%s", dir, b, name);
+	char *x = km_xasprintf("%s/%s/%s", dir, a, name),
+	     *y = km_xasprintf("%s/%s/%s", dir, b, name);
 	char *p = NULL, *q = NULL;
 	size_t n = 0, m = 0;
 	km_err err;
 
-	if (km_read_file(x, 1 << 26, &p, &n, &err) < 0 || km_read_file(y, 1 << 26, &q, &m, &err) < 0)
+	if (km_read_file(x, 1 << 26, &p, &n, &err) < 0 ||
+	    km_read_file(y, 1 << 26, &q, &m, &err) < 0)
 		fail_msg("%s", err.msg);
 	assert_int_equal(n, m);
 	if (memcmp(p, q, n) != 0)
@@ -175,7 +184,8 @@ static void expect_problem(const char *dir, const char *folder, const char *sent
 }
 
 /* The file of the folder that has this tensor, and where its data is. */
-static char *find_tensor(const char *dir, const char *folder, const char *end, uint64_t *at, km_tensor *found)
+static char *find_tensor(const char *dir, const char *folder, const char *end, uint64_t *at,
+                         km_tensor *found)
 {
 	char *path = km_xasprintf("%s/%s", dir, folder), *file = NULL;
 	km_findings findings;
@@ -231,7 +241,9 @@ static void there_and_back_is_the_same_bytes(void **state)
 		const char *name;
 		int64_t shard_bytes;
 		int files; /* of the checkpoint, but weights and index */
-	} cases[] = { { "tiny-k25", 0, 4 }, { "tiny-k25", 300000, 4 }, { "tiny-k2-thinking", 500000, 4 } };
+	} cases[] = { { "tiny-k25", 0, 4 },
+		      { "tiny-k25", 300000, 4 },
+		      { "tiny-k2-thinking", 500000, 4 } };
 
 	(void)state;
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
@@ -245,7 +257,8 @@ static void there_and_back_is_the_same_bytes(void **state)
 		assert_int_equal(back.experts, 16 * 2);
 		assert_int_equal(back.files, there.files);
 		assert_true(back.files == 1 || cases[i].shard_bytes);
-		assert_int_equal(same_folder(dir, "in", "out"), cases[i].files + back.files + (back.files > 1));
+		assert_int_equal(same_folder(dir, "in", "out"),
+		                 cases[i].files + back.files + (back.files > 1));
 		remove_all(dir);
 	}
 }
@@ -253,8 +266,10 @@ static void there_and_back_is_the_same_bytes(void **state)
 /* Other writers space and order a header otherwise, and put their own words into it. */
 static void a_foreign_header_comes_back(void **state)
 {
-	char *dir = make("tiny-k25", 0, NULL), *path = km_xasprintf("%s/in/model.safetensors", dir), *file;
-	const char *front = "{ \"__metadata__\" : {\"format\":\"pt\", \"by\": \"caf\xc3\xa9 \\\"x\\\" \\u00e9\\n\"},\n\t";
+	char *dir = make("tiny-k25", 0, NULL), *path = km_xasprintf("%s/in/model.safetensors", dir),
+	     *file;
+	const char *front = "{ \"__metadata__\" : {\"format\":\"pt\", \"by\": \"caf\xc3\xa9 "
+	                    "\\\"x\\\" \\u00e9\\n\"},\n\t";
 	const char *old = "{\"__metadata__\":{\"format\":\"pt\"},";
 	km_repack_result result;
 	uint64_t len = 0, grown;
@@ -282,7 +297,8 @@ static void a_foreign_header_comes_back(void **state)
 	remove_all(dir);
 }
 
-/* The CPU's weights are the same whether the checkpoint was repacked or not; a device gets the packed ones. */
+/* The CPU's weights are the same whether the checkpoint was repacked or not; a device gets the
+ * packed ones. */
 static void both_open_to_the_same_weights(void **state)
 {
 	char *dir = make("tiny-k25", 300000, NULL), *paths[2];
@@ -324,9 +340,11 @@ static void both_open_to_the_same_weights(void **state)
 		}
 		assert_null(device.layer[1].expert_up[e].data);
 		km_moe_pack_gate_up(256, 128, 32, &m[0], &m[1], packed);
-		assert_memory_equal(packed, device.layer[1].packed_gate_up[e], km_moe_gate_up_bytes(256, 128, 32));
+		assert_memory_equal(packed, device.layer[1].packed_gate_up[e],
+		                    km_moe_gate_up_bytes(256, 128, 32));
 		km_moe_pack_down(256, 128, 32, &m[2], packed);
-		assert_memory_equal(packed, device.layer[1].packed_down[e], km_moe_down_bytes(256, 128, 32));
+		assert_memory_equal(packed, device.layer[1].packed_down[e],
+		                    km_moe_down_bytes(256, 128, 32));
 		assert_int_equal((uintptr_t)device.layer[1].packed_down[e] % 64, 0);
 	}
 	km_weights_close(&device);
@@ -378,7 +396,8 @@ static void damage_is_named(void **state)
 	close(fd);
 	byte ^= 4;
 	poke(file, at + 12345, &byte, 1);
-	expect_problem(dir, "repacked", "experts.5.gate_up_proj.weight_repacked: is damaged: its checksum is ");
+	expect_problem(dir, "repacked",
+	               "experts.5.gate_up_proj.weight_repacked: is damaged: its checksum is ");
 	refused(km_unpack, dir, "repacked", "experts.5.gate_up_proj.weight_repacked: is damaged");
 	byte ^= 4;
 	poke(file, at + 12345, &byte, 1);
@@ -393,7 +412,8 @@ static void damage_is_named(void **state)
 
 		assert_int_equal(km_config_load(&c, repacked, &err), 0);
 		assert_int_equal(km_weights_open(&w, &c, repacked, &err), KM_EFORMAT);
-		assert_non_null(strstr(err.msg, "experts.5.gate_up_proj.weight_repacked: has a scale"));
+		assert_non_null(
+			strstr(err.msg, "experts.5.gate_up_proj.weight_repacked: has a scale"));
 		km_config_release(&c);
 	}
 	free(file);
@@ -410,15 +430,18 @@ static void wrong_versions_are_named(void **state)
 	must(km_repack, dir, "in", "repacked", &result);
 	edit(sub, "model.safetensors", "\"kimi.expert_layout_version\":\"1\"",
 	     "\"kimi.expert_layout_version\":\"7\"");
-	refused(km_unpack, dir, "repacked", "gate_up_proj.weight_repacked: its file says layout kimi-int4-moe "
+	refused(km_unpack, dir, "repacked",
+	        "gate_up_proj.weight_repacked: its file says layout kimi-int4-moe "
 	        "version 7, config.json says kimi-int4-moe version 1");
 	edit(sub, "model.safetensors", "\"kimi.expert_layout_version\":\"7\"",
 	     "\"kimi.expert_layout_version\":\"1\"");
 	edit(sub, "config.json", "\"version\": 1}", "\"version\": 2}");
-	refused(km_unpack, dir, "repacked", "config.json: kimi_repacked.version: this program reads version 1");
+	refused(km_unpack, dir, "repacked",
+	        "config.json: kimi_repacked.version: this program reads version 1");
 	edit(sub, "config.json", "\"version\": 2}", "\"version\": 1}");
 	edit(sub, "config.json", "\"kimi-int4-moe\"", "\"kimi-int5-moe\"");
-	refused(km_unpack, dir, "repacked", "kimi_repacked.layout: only \"kimi-int4-moe\" is supported");
+	refused(km_unpack, dir, "repacked",
+	        "kimi_repacked.layout: only \"kimi-int4-moe\" is supported");
 	edit(sub, "config.json", "\"kimi-int5-moe\"", "\"kimi-int4-moe\"");
 	edit(sub, "config.json", "\"kimi_repacked\"", "\"kimi_repackex\"");
 	refused(km_repack, dir, "repacked", "is repacked, but config.json has no kimi_repacked");
@@ -427,7 +450,8 @@ static void wrong_versions_are_named(void **state)
 	refused(km_unpack, dir, "repacked", "model.safetensors: has no kimi.original_header");
 	edit(sub, "model.safetensors", "\"kimi.originel_header\"", "\"kimi.original_header\"");
 	edit(sub, "model.safetensors", "\"kimi.checksums\"", "\"kimi.checksumx\"");
-	refused(km_unpack, dir, "repacked", "weight_repacked: kimi.checksums has no checksum of it");
+	refused(km_unpack, dir, "repacked",
+	        "weight_repacked: kimi.checksums has no checksum of it");
 	free(sub);
 	remove_all(dir);
 }
@@ -448,7 +472,8 @@ static void what_cannot_be_repacked_is_refused(void **state)
 	refused(km_repack, dir, "repacked", "is repacked already");
 	file = find_tensor(dir, "in", "experts.9.up_proj.weight_shape", &at, &t);
 	poke(file, at, &five, 4);
-	refused(km_repack, dir, "in", "experts.9.up_proj.weight_shape: says [5, 256], the config [128, 256]");
+	refused(km_repack, dir, "in",
+	        "experts.9.up_proj.weight_shape: says [5, 256], the config [128, 256]");
 	free(file);
 	remove_all(dir);
 	remove_all(fp8);
@@ -488,7 +513,8 @@ static int count_names(const char *dir)
 
 static void a_stop_leaves_nothing(void **state)
 {
-	char *dir = make("tiny-k25", 0, NULL), *in = km_xasprintf("%s/in", dir), *out = km_xasprintf("%s/out", dir);
+	char *dir = make("tiny-k25", 0, NULL), *in = km_xasprintf("%s/in", dir),
+	     *out = km_xasprintf("%s/out", dir);
 	volatile sig_atomic_t cancel = 1;
 	km_repack_options o = { .dir = in, .out_dir = out, .quiet = true, .cancel = &cancel };
 	int before = count_names(dir);
@@ -529,7 +555,8 @@ static void checksums_add_up(void **state)
 		data[i] = (unsigned char)(i * 37);
 	whole = km_checksum(data, 100, 0);
 	for (size_t cut = 0; cut <= 96; cut += 8)
-		assert_true(km_checksum(data, cut, 0) + km_checksum(data + cut, 100 - cut, cut) == whole);
+		assert_true(km_checksum(data, cut, 0) + km_checksum(data + cut, 100 - cut, cut) ==
+		            whole);
 	for (int i = 0; i < 100; i++) {
 		data[i] ^= 1;
 		assert_true(km_checksum(data, 100, 0) != whole);

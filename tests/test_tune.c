@@ -1,5 +1,5 @@
-/* device/tune, device/tuner, device/moe_tune: names by contract, hostile files, lookups, and the search on a
- * clock that is made up. */
+/* device/tune, device/tuner, device/moe_tune: names by contract, hostile files, lookups, and the
+ * search on a clock that is made up. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -43,16 +43,30 @@ static void names_follow_the_contract(void **state)
 	} cases[] = {
 		{ { .experts = 384, .n = 128, .device_name = "NVIDIA H200", .dtype = "int4_w4a16" },
 		  "E=384,N=128,device_name=NVIDIA_H200,dtype=int4_w4a16.json" },
-		{ { .experts = 384, .n = 128, .device_name = "", .dtype = "int4_w4a16", .down = true },
+		{ { .experts = 384,
+		    .n = 128,
+		    .device_name = "",
+		    .dtype = "int4_w4a16",
+		    .down = true },
 		  "E=384,N=128,device_name=,dtype=int4_w4a16_down.json" },
-		{ { .experts = 384, .n = 128, .device_name = "NVIDIA_H20", .dtype = "fp8_w8a8", .block_n = 128,
+		{ { .experts = 384,
+		    .n = 128,
+		    .device_name = "NVIDIA_H20",
+		    .dtype = "fp8_w8a8",
+		    .block_n = 128,
 		    .block_k = 128 },
 		  "E=384,N=128,device_name=NVIDIA_H20,dtype=fp8_w8a8,block_shape=[128, 128].json" },
-		{ { .experts = 384, .n = 256, .device_name = "X", .dtype = "int4_w4a16", .block_n = 0, .block_k = 32 },
+		{ { .experts = 384,
+		    .n = 256,
+		    .device_name = "X",
+		    .dtype = "int4_w4a16",
+		    .block_n = 0,
+		    .block_k = 32 },
 		  "E=384,N=256,device_name=X,dtype=int4_w4a16.json" },
 		{ { .experts = 8, .n = 14336, .device_name = "NVIDIA A100-SXM4-80GB" },
 		  "E=8,N=14336,device_name=NVIDIA_A100-SXM4-80GB.json" },
-		{ { .experts = 1, .n = 2, .device_name = "../up" }, "E=1,N=2,device_name=.._up.json" },
+		{ { .experts = 1, .n = 2, .device_name = "../up" },
+		  "E=1,N=2,device_name=.._up.json" },
 	};
 	char name[KM_TUNE_NAME], *path;
 
@@ -61,7 +75,9 @@ static void names_follow_the_contract(void **state)
 		km_tune_file_name(&cases[i].key, name);
 		assert_string_equal(name, cases[i].name);
 	}
-	path = km_tune_path("configs", &(km_tune_key){ .experts = 1, .n = 2, .device_name = "Y", .toolkit = 12090 });
+	path = km_tune_path(
+		"configs",
+		&(km_tune_key){ .experts = 1, .n = 2, .device_name = "Y", .toolkit = 12090 });
 	assert_string_equal(path, "configs/cuda_12_9/E=1,N=2,device_name=Y.json");
 	free(path);
 }
@@ -71,8 +87,10 @@ static void shapes_are_those_of_a_rank(void **state)
 {
 	static const struct {
 		int tp, ep, experts, intermediate, n;
-	} cases[] = { { 1, 1, 384, 2048, 1024 }, { 2, 1, 384, 1024, 512 }, { 4, 1, 384, 512, 256 },
-		      { 8, 1, 384, 256, 128 }, { 8, 8, 48, 2048, 1024 }, { 8, 2, 192, 512, 256 } };
+	} cases[] = {
+		{ 1, 1, 384, 2048, 1024 }, { 2, 1, 384, 1024, 512 }, { 4, 1, 384, 512, 256 },
+		{ 8, 1, 384, 256, 128 },   { 8, 8, 48, 2048, 1024 }, { 8, 2, 192, 512, 256 }
+	};
 	km_config config;
 	km_moe_problem p;
 	km_err err;
@@ -144,7 +162,7 @@ static void what_is_written_is_read(void **state)
 	for (int i = 0; i < 4; i++)
 		assert_memory_equal(&read.entries[i], &table.entries[i], sizeof(*read.entries));
 	assert_int_equal(km_tune_nearest(&read, 1)->tokens, 1);
-	assert_int_equal(km_tune_nearest(&read, 4)->tokens, 1); /* 3 from 1, 4 from 8 */
+	assert_int_equal(km_tune_nearest(&read, 4)->tokens, 1);  /* 3 from 1, 4 from 8 */
 	assert_int_equal(km_tune_nearest(&read, 36)->tokens, 8); /* the smaller of two */
 	assert_int_equal(km_tune_nearest(&read, 1000000)->tokens, 4096);
 	km_tune_release(&read);
@@ -156,9 +174,9 @@ static void what_is_written_is_read(void **state)
 }
 
 #define SHAPE "\"hidden_size\": 7168, \"top_k\": 8, \"group_size\": 32, \"num_experts\": 384"
-#define TILE(m, n, k, g, w, s)                                                                                \
-	"\"BLOCK_SIZE_M\": " #m ", \"BLOCK_SIZE_N\": " #n ", \"BLOCK_SIZE_K\": " #k ", \"GROUP_SIZE_M\": " #g  \
-	", \"num_warps\": " #w ", \"num_stages\": " #s ", "
+#define TILE(m, n, k, g, w, s)                                                                     \
+	"\"BLOCK_SIZE_M\": " #m ", \"BLOCK_SIZE_N\": " #n ", \"BLOCK_SIZE_K\": " #k                \
+	", \"GROUP_SIZE_M\": " #g ", \"num_warps\": " #w ", \"num_stages\": " #s ", "
 
 static void hostile_files_are_sentences(void **state)
 {
@@ -179,29 +197,44 @@ static void hostile_files_are_sentences(void **state)
 		{ "{\"0\": {}}", "\"0\" is not a token count", KM_EFORMAT },
 		{ "{\"1048577\": {}}", "is not a token count from 1 to 1048576", KM_EFORMAT },
 		{ "{\"99999999999999999999\": {}}", "is not a token count", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE "}, \"1\": {}}", "is not valid JSON", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, true) SHAPE "}}", "1.num_stages: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16.0, 2048, 1, 8, 4) SHAPE "}}", "1.BLOCK_SIZE_N: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4000000000) SHAPE "}}", "1.num_stages: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(-8, 16, 2048, 1, 8, 4) SHAPE "}}", "1.BLOCK_SIZE_M: ", KM_EFORMAT },
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE "}, \"1\": {}}", "is not valid JSON",
+		  KM_EFORMAT },
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, true) SHAPE "}}",
+		  "1.num_stages: ", KM_EFORMAT },
+		{ "{\"1\": {" TILE(8, 16.0, 2048, 1, 8, 4) SHAPE "}}",
+		  "1.BLOCK_SIZE_N: ", KM_EFORMAT },
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4000000000) SHAPE "}}",
+		  "1.num_stages: ", KM_EFORMAT },
+		{ "{\"1\": {" TILE(-8, 16, 2048, 1, 8, 4) SHAPE "}}",
+		  "1.BLOCK_SIZE_M: ", KM_EFORMAT },
 		{ "{\"1\": {\"BLOCK_SIZE_M\": 8, " SHAPE "}}", "1.BLOCK_SIZE_N: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"us\": -1}}", "1.us: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"us\": \"fast\"}}", "1.us: ", KM_EFORMAT },
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"us\": -1}}",
+		  "1.us: ", KM_EFORMAT },
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"us\": \"fast\"}}",
+		  "1.us: ", KM_EFORMAT },
 		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"waves_per_eu\": 2}}",
 		  "1.waves_per_eu: no kernel has such a field", KM_EFORMAT },
 		/* tiles that no kernel was built for */
-		{ "{\"1\": {" TILE(8, 48, 2048, 1, 8, 4) SHAPE "}}", "entry 1: tuning entry: no kernel has", KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 64, 1, 8, 4) SHAPE "}}", "BLOCK_SIZE_K 2048, got 64", KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 2048, 2, 8, 4) SHAPE "}}", "GROUP_SIZE_M is 1 or 4, got 2", KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 4, 4) SHAPE "}}", "num_warps is 8, got 4", KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 60) SHAPE "}}", "num_stages is 2 to ", KM_EUNSUPPORTED },
-		/* another problem */
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) "\"hidden_size\": 4096, \"top_k\": 8, \"group_size\": 32, "
-		  "\"num_experts\": 384}}", "1.hidden_size: was tuned for 4096, this shape has 7168", KM_ENOTFOUND },
-		/* other people's */
-		{ "{\"1\": {" TILE(16, 32, 64, 1, 4, 3) "\"waves_per_eu\": 2}}", "is a table of SGLang or vLLM",
+		{ "{\"1\": {" TILE(8, 48, 2048, 1, 8, 4) SHAPE "}}",
+		  "entry 1: tuning entry: no kernel has", KM_EUNSUPPORTED },
+		{ "{\"1\": {" TILE(8, 16, 64, 1, 8, 4) SHAPE "}}", "BLOCK_SIZE_K 2048, got 64",
 		  KM_EUNSUPPORTED },
-		{ "{\"triton_version\": \"3.5.0\", \"1\": {" TILE(16, 32, 64, 1, 4, 3) "\"USE_TMA\": false}}",
+		{ "{\"1\": {" TILE(8, 16, 2048, 2, 8, 4) SHAPE "}}",
+		  "GROUP_SIZE_M is 1 or 4, got 2", KM_EUNSUPPORTED },
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 4, 4) SHAPE "}}", "num_warps is 8, got 4",
+		  KM_EUNSUPPORTED },
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 60) SHAPE "}}", "num_stages is 2 to ",
+		  KM_EUNSUPPORTED },
+		/* another problem */
+		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8,
+		                   4) "\"hidden_size\": 4096, \"top_k\": 8, \"group_size\": 32, "
+		                      "\"num_experts\": 384}}",
+		  "1.hidden_size: was tuned for 4096, this shape has 7168", KM_ENOTFOUND },
+		/* other people's */
+		{ "{\"1\": {" TILE(16, 32, 64, 1, 4, 3) "\"waves_per_eu\": 2}}",
+		  "is a table of SGLang or vLLM", KM_EUNSUPPORTED },
+		{ "{\"triton_version\": \"3.5.0\", \"1\": {" TILE(16, 32, 64, 1, 4,
+		                                                  3) "\"USE_TMA\": false}}",
 		  "is a table of SGLang or vLLM", KM_EUNSUPPORTED },
 	};
 	km_moe_tune_context c = context_of(8, 1);
@@ -212,11 +245,12 @@ static void hostile_files_are_sentences(void **state)
 	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
 		km_tune_table table;
 		km_err err = { 0 };
-		int rc = km_tune_parse(&table, cases[i].text, strlen(cases[i].text), "t", &problem, &schema, &err);
+		int rc = km_tune_parse(&table, cases[i].text, strlen(cases[i].text), "t", &problem,
+		                       &schema, &err);
 
 		if (rc != cases[i].code || !strstr(err.msg, cases[i].says))
-			fail_msg("%s: %d '%s', expected %d '%s'", cases[i].text, rc, err.msg, cases[i].code,
-			         cases[i].says);
+			fail_msg("%s: %d '%s', expected %d '%s'", cases[i].text, rc, err.msg,
+			         cases[i].code, cases[i].says);
 		assert_int_equal(table.count, 0);
 	}
 }
@@ -244,7 +278,8 @@ static void every_candidate_is_legal(void **state)
 			if (schema.check(schema.context, p.tokens, values, &err) < 0)
 				fail_msg("%d tokens: %s", p.tokens, err.msg);
 			for (int f = 0; f < schema.count; f++)
-				assert_in_range(values[f], schema.fields[f].min, schema.fields[f].max);
+				assert_in_range(values[f], schema.fields[f].min,
+				                schema.fields[f].max);
 		}
 	}
 	print_message("figure: %d candidates at 20 shapes, all legal\n", count);
@@ -278,7 +313,9 @@ static void lookups_say_what_missed(void **state)
 	snprintf(want.device_name, sizeof(want.device_name), "NVIDIA H200");
 	assert_int_equal(km_moe_tuning_open(&t, dir, &want, &c, false, &err), 0);
 	assert_false(t.found);
-	assert_non_null(strstr(t.why.data, "json: device_name is \"NVIDIA_H100_80GB_HBM3\" there, not \"NVIDIA_H200\""));
+	assert_non_null(strstr(
+		t.why.data,
+		"json: device_name is \"NVIDIA_H100_80GB_HBM3\" there, not \"NVIDIA_H200\""));
 	km_moe_tuning_release(&t);
 	assert_int_equal(km_moe_tuning_open(&t, dir, &want, &c, true, &err), KM_ENOTFOUND);
 	assert_non_null(strstr(err.msg, "device_name is "));
@@ -286,8 +323,10 @@ static void lookups_say_what_missed(void **state)
 
 	want = km_moe_tune_key(&other.problem, key.device_name, 12080);
 	assert_int_equal(km_moe_tuning_open(&t, dir, &want, &other, false, &err), 0);
-	assert_non_null(strstr(t.why.data, "the toolkit is \"cuda_13_0\" there, not \"cuda_12_8\", N is \"128\" there, "
-	                                   "not \"256\""));
+	assert_non_null(
+		strstr(t.why.data,
+	               "the toolkit is \"cuda_13_0\" there, not \"cuda_12_8\", N is \"128\" there, "
+	               "not \"256\""));
 	km_moe_tuning_release(&t);
 
 	/* another problem under the same name is a miss, another program's table an error */
@@ -295,7 +334,8 @@ static void lookups_say_what_missed(void **state)
 	other.problem.hidden = 4096;
 	assert_int_equal(km_moe_tuning_open(&t, dir, &key, &other, false, &err), 0);
 	assert_false(t.found);
-	assert_non_null(strstr(t.why.data, "64.hidden_size: was tuned for 7168, this shape has 4096"));
+	assert_non_null(
+		strstr(t.why.data, "64.hidden_size: was tuned for 7168, this shape has 4096"));
 	km_moe_tuning_release(&t);
 	assert_int_equal(km_outfile_save(path, "{\"1\":{\"num_warps\":4}}", 21, NULL), 0);
 	assert_int_equal(km_moe_tuning_open(&t, dir, &key, &c, false, &err), KM_EUNSUPPORTED);
@@ -330,7 +370,8 @@ static void a_plan_takes_the_nearest_entry_that_fits(void **state)
 		assert_true(plan.tile.stages <= e.values[5]);
 		km_buf_clear(&out);
 		km_moe_tuning_explain(&t, &p, &c.device, &out);
-		assert_non_null(strstr(out.data, tokens == 1 ? "entry 1 of T.json\n" : "entry 1 of T.json, the nearest"));
+		assert_non_null(strstr(out.data, tokens == 1 ? "entry 1 of T.json\n"
+		                                             : "entry 1 of T.json, the nearest"));
 	}
 	p.intermediate = 2048 / 8; /* what no kernel of the entry fits: the plan's own */
 	p.hidden = 7168;
@@ -352,8 +393,8 @@ static void a_plan_takes_the_nearest_entry_that_fits(void **state)
 struct fake {
 	int n, tokens, prepared, samples, checks;
 	double us[64], noise, clock, slow_check;
-	int wrong, broken;       /* a candidate that computes wrongly; a check that fails */
-	int cancel_after;        /* samples; 0: never */
+	int wrong, broken; /* a candidate that computes wrongly; a check that fails */
+	int cancel_after;  /* samples; 0: never */
 	volatile sig_atomic_t cancel;
 	int shown_done, shown_wrong;
 	double last_left;
@@ -403,7 +444,8 @@ static int fake_sample(void *context, int tokens, const int *values, double *us,
 	(void)err;
 	assert_int_equal(tokens, f->tokens);
 	assert_true(values[0] != f->wrong); /* never timed */
-	*us = f->us[values[0] - 1] * (1 + f->noise * (km_rng_uniform(5, (uint64_t)f->samples) - 0.5));
+	*us = f->us[values[0] - 1] *
+	      (1 + f->noise * (km_rng_uniform(5, (uint64_t)f->samples) - 0.5));
 	f->clock += 0.001;
 	if (++f->samples == f->cancel_after)
 		f->cancel = 1;
@@ -435,11 +477,19 @@ static void fake_wrong(void *context, int tokens, const int *values, const char 
 	f->shown_wrong++;
 }
 
-static int fake_run(struct fake *f, const int *tokens, int count, double budget, km_tune_table *table, km_err *err)
+static int fake_run(struct fake *f, const int *tokens, int count, double budget,
+                    km_tune_table *table, km_err *err)
 {
-	km_tuner_backend b = { f, fake_prepare, fake_candidates, fake_check, fake_sample, fake_now };
-	km_tuner_options o = { .tokens = tokens, .count = count, .budget_s = budget, .cancel = &f->cancel,
-		               .show = fake_show, .show_context = f, .wrong = fake_wrong };
+	km_tuner_backend b = {
+		f, fake_prepare, fake_candidates, fake_check, fake_sample, fake_now
+	};
+	km_tuner_options o = { .tokens = tokens,
+		               .count = count,
+		               .budget_s = budget,
+		               .cancel = &f->cancel,
+		               .show = fake_show,
+		               .show_context = f,
+		               .wrong = fake_wrong };
 
 	return km_tuner_run(&b, &o, table, err);
 }
@@ -561,7 +611,9 @@ static void a_table_is_checked(void **state)
 {
 	km_tune_table table = { .count = 0 };
 	struct fake f = fake_of(4);
-	km_tuner_backend b = { &f, fake_prepare, fake_candidates, fake_check, fake_sample, fake_now };
+	km_tuner_backend b = {
+		&f, fake_prepare, fake_candidates, fake_check, fake_sample, fake_now
+	};
 	km_tuner_checked checked[3];
 	km_tune_entry e = { .tokens = 1, .values = { 1 }, .us = 100 };
 	km_buf out = KM_BUF_INIT;

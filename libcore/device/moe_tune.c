@@ -11,8 +11,12 @@ static const km_tune_field fields[] = {
 
 km_moe_tile km_moe_tile_of(const int *v)
 {
-	return (km_moe_tile){ .block_m = v[0], .block_n = v[1], .block_k = v[2], .group_m = v[3],
-		              .warps = v[4], .stages = v[5] };
+	return (km_moe_tile){ .block_m = v[0],
+		              .block_n = v[1],
+		              .block_k = v[2],
+		              .group_m = v[3],
+		              .warps = v[4],
+		              .stages = v[5] };
 }
 
 void km_moe_tile_values(const km_moe_tile *t, int values[KM_TUNE_MAX_FIELDS])
@@ -36,20 +40,26 @@ static int check_values(const void *context, int tokens, const int *values, km_e
 
 km_tune_schema km_moe_tune_schema(const km_moe_tune_context *context)
 {
-	return (km_tune_schema){ .fields = fields, .count = sizeof(fields) / sizeof(*fields),
-		                 .context = context, .check = check_values };
+	return (km_tune_schema){ .fields = fields,
+		                 .count = sizeof(fields) / sizeof(*fields),
+		                 .context = context,
+		                 .check = check_values };
 }
 
 km_tune_problem km_moe_tune_problem(const km_moe_problem *p)
 {
-	return (km_tune_problem){ .hidden_size = p->hidden, .top_k = p->top_k, .group_size = p->group,
+	return (km_tune_problem){ .hidden_size = p->hidden,
+		                  .top_k = p->top_k,
+		                  .group_size = p->group,
 		                  .num_experts = p->global_experts };
 }
 
 km_tune_key km_moe_tune_key(const km_moe_problem *p, const char *device_name, int toolkit)
 {
-	km_tune_key key = { .experts = p->experts, .n = p->packed ? p->intermediate / 2 : p->intermediate,
-		            .dtype = p->packed ? "int4_w4a16" : NULL, .toolkit = toolkit };
+	km_tune_key key = { .experts = p->experts,
+		            .n = p->packed ? p->intermediate / 2 : p->intermediate,
+		            .dtype = p->packed ? "int4_w4a16" : NULL,
+		            .toolkit = toolkit };
 
 	snprintf(key.device_name, sizeof(key.device_name), "%s", device_name);
 	return key;
@@ -63,7 +73,8 @@ int km_moe_tuning_open(km_moe_tuning *tuning, const char *root, const km_tune_ke
 	int rc;
 
 	*tuning = (km_moe_tuning){ .why = KM_BUF_INIT };
-	rc = km_tune_find(&tuning->table, root, key, &problem, &schema, required, &tuning->why, err);
+	rc = km_tune_find(&tuning->table, root, key, &problem, &schema, required, &tuning->why,
+	                  err);
 	tuning->found = rc > 0;
 	return rc < 0 ? rc : 0;
 }
@@ -77,7 +88,8 @@ void km_moe_tuning_release(km_moe_tuning *tuning)
 int km_moe_tuning_plan(km_moe_plan *plan, const km_moe_tuning *tuning, const km_moe_problem *p,
                        const km_moe_device *d, const km_tune_entry **taken, km_err *err)
 {
-	const km_tune_entry *entry = tuning->found ? km_tune_nearest(&tuning->table, p->tokens) : NULL;
+	const km_tune_entry *entry =
+		tuning->found ? km_tune_nearest(&tuning->table, p->tokens) : NULL;
 	km_moe_tile tile = { 0 };
 
 	if (taken)
@@ -93,10 +105,11 @@ int km_moe_tuning_plan(km_moe_plan *plan, const km_moe_tuning *tuning, const km_
 	return km_moe_plan_make(plan, p, d, NULL, err);
 }
 
-void km_moe_tuning_explain(const km_moe_tuning *tuning, const km_moe_problem *p, const km_moe_device *d,
-                           km_buf *out)
+void km_moe_tuning_explain(const km_moe_tuning *tuning, const km_moe_problem *p,
+                           const km_moe_device *d, km_buf *out)
 {
-	const km_tune_entry *nearest = tuning->found ? km_tune_nearest(&tuning->table, p->tokens) : NULL;
+	const km_tune_entry *nearest =
+		tuning->found ? km_tune_nearest(&tuning->table, p->tokens) : NULL;
 	const km_tune_entry *entry;
 	km_moe_plan plan;
 	km_err err;
@@ -108,10 +121,13 @@ void km_moe_tuning_explain(const km_moe_tuning *tuning, const km_moe_problem *p,
 	if (km_moe_tuning_plan(&plan, tuning, p, d, &entry, &err) < 0)
 		km_buf_printf(out, "tuning: %s\n", err.msg);
 	else if (!entry)
-		km_buf_printf(out, "tuning: the plan's own choice: the tile of entry %d of %s does not fit %d "
-		              "tokens\n", nearest->tokens, tuning->table.path, p->tokens);
+		km_buf_printf(
+			out,
+			"tuning: the plan's own choice: the tile of entry %d of %s does not fit %d "
+			"tokens\n",
+			nearest->tokens, tuning->table.path, p->tokens);
 	else
-		km_buf_printf(out, "tuning: entry %d of %s%s%s\n", entry->tokens, tuning->table.path,
-		              entry->tokens == p->tokens ? "" : ", the nearest",
+		km_buf_printf(out, "tuning: entry %d of %s%s%s\n", entry->tokens,
+		              tuning->table.path, entry->tokens == p->tokens ? "" : ", the nearest",
 		              plan.tile.stages == entry->values[5] ? "" : ", with fewer stages");
 }

@@ -37,8 +37,8 @@ void km_tune_file_name(const km_tune_key *key, char out[KM_TUNE_NAME])
 		snprintf(dtype, sizeof(dtype), ",dtype=%s", key->dtype);
 	if (key->block_n && key->block_k)
 		snprintf(block, sizeof(block), ",block_shape=[%d, %d]", key->block_n, key->block_k);
-	snprintf(out, KM_TUNE_NAME, "E=%d,N=%d,device_name=%s%s%s%s.json", key->experts, key->n, device,
-	         dtype, block, key->down ? "_down" : "");
+	snprintf(out, KM_TUNE_NAME, "E=%d,N=%d,device_name=%s%s%s%s.json", key->experts, key->n,
+	         device, dtype, block, key->down ? "_down" : "");
 }
 
 void km_tune_dir_name(const km_tune_key *key, char out[32])
@@ -58,11 +58,15 @@ char *km_tune_path(const char *root, const km_tune_key *key)
 /* ---- reading -------------------------------------------------------------------------------- */
 
 enum { PROBLEM = 4 };
-static const char *const problem_names[PROBLEM] = { "hidden_size", "top_k", "group_size", "num_experts" };
+static const char *const problem_names[PROBLEM] = { "hidden_size", "top_k", "group_size",
+	                                            "num_experts" };
 
 static int problem_value(const km_tune_problem *p, int i)
 {
-	return i == 0 ? p->hidden_size : i == 1 ? p->top_k : i == 2 ? p->group_size : p->num_experts;
+	return i == 0   ? p->hidden_size
+	       : i == 1 ? p->top_k
+	       : i == 2 ? p->group_size
+	                : p->num_experts;
 }
 
 static bool is_known(const char *key, const km_tune_schema *schema)
@@ -76,7 +80,8 @@ static bool is_known(const char *key, const km_tune_schema *schema)
 	return !strcmp(key, "us") || !strcmp(key, "plan_us");
 }
 
-/* Triton's fused-MoE configs, as SGLang and vLLM write them, have tiles and nothing of the problem. */
+/* Triton's fused-MoE configs, as SGLang and vLLM write them, have tiles and nothing of the
+ * problem. */
 static bool is_triton(const json_t *entry)
 {
 	for (int i = 0; i < PROBLEM; i++)
@@ -89,8 +94,10 @@ static bool is_triton(const json_t *entry)
 static int refuse_triton(const char *path, km_err *err)
 {
 	return km_fail(err, KM_EUNSUPPORTED,
-	               "%s: is a table of SGLang or vLLM: its BLOCK_SIZE_M, num_warps and so on are tiles of "
-	               "Triton's kernels and mean nothing to these; kimi-tune makes one that does", path);
+	               "%s: is a table of SGLang or vLLM: its BLOCK_SIZE_M, num_warps and so on "
+	               "are tiles of "
+	               "Triton's kernels and mean nothing to these; kimi-tune makes one that does",
+	               path);
 }
 
 static int parse_tokens(const char *path, const char *key, int *tokens, km_err *err)
@@ -105,8 +112,8 @@ static int parse_tokens(const char *path, const char *key, int *tokens, km_err *
 		n = n * 10 + (*s - '0');
 	}
 	if (n < 1 || n > KM_TUNE_MAX_TOKENS)
-		return km_fail(err, KM_EFORMAT, "%s: \"%.40s\" is not a token count from 1 to %d", path, key,
-		               KM_TUNE_MAX_TOKENS);
+		return km_fail(err, KM_EFORMAT, "%s: \"%.40s\" is not a token count from 1 to %d",
+		               path, key, KM_TUNE_MAX_TOKENS);
 	*tokens = n;
 	return 0;
 }
@@ -138,10 +145,8 @@ static int read_entry(km_tune_entry *e, const char *path, const char *key, json_
 		return km_fail(err, KM_EFORMAT, "%s: %d: an object is expected", path, e->tokens);
 	if (is_triton(object))
 		return refuse_triton(path, err);
-	json_object_foreach(object, name, value)
-		if (!is_known(name, schema))
-			return km_fail(err, KM_EFORMAT, "%s: %d.%.64s: no kernel has such a field", path,
-			               e->tokens, name);
+	json_object_foreach(object, name, value) if (!is_known(name, schema)) return km_fail(
+		err, KM_EFORMAT, "%s: %d.%.64s: no kernel has such a field", path, e->tokens, name);
 	read_problem(&f, problem);
 	for (int i = 0; i < schema->count; i++)
 		e->values[i] = (int)km_field_int(&f, schema->fields[i].name, schema->fields[i].min,
@@ -162,7 +167,8 @@ static int read_entries(km_tune_table *table, json_t *doc, const char *path,
 
 	if (json_object_get(doc, "triton_version"))
 		return refuse_triton(path, err);
-	json_object_foreach(doc, key, value) {
+	json_object_foreach(doc, key, value)
+	{
 		km_tune_entry e;
 
 		KM_TRY(read_entry(&e, path, key, value, problem, schema, err));
@@ -249,8 +255,8 @@ void km_tune_format(const km_tune_table *table, const km_tune_problem *problem,
 
 		km_buf_printf(out, "%s\n    \"%d\": {", i ? "," : "", e->tokens);
 		for (int k = 0; k < schema->count; k++)
-			km_buf_printf(out, "%s\n        \"%s\": %d", k ? "," : "", schema->fields[k].name,
-			              e->values[k]);
+			km_buf_printf(out, "%s\n        \"%s\": %d", k ? "," : "",
+			              schema->fields[k].name, e->values[k]);
 		for (int k = 0; k < PROBLEM; k++)
 			km_buf_printf(out, ",\n        \"%s\": %d", problem_names[k],
 			              problem_value(problem, k));
@@ -347,7 +353,8 @@ static int compare_field(const char *name, const char *want, const char *have, k
 {
 	if (!strcmp(want, have))
 		return 0;
-	km_buf_printf(out, "%s%s is \"%s\" there, not \"%s\"", out->len ? ", " : "", name, have, want);
+	km_buf_printf(out, "%s%s is \"%s\" there, not \"%s\"", out->len ? ", " : "", name, have,
+	              want);
 	return 1;
 }
 
@@ -355,7 +362,8 @@ static int compare_field(const char *name, const char *want, const char *have, k
 static int compare_names(const struct parsed *want, const struct parsed *have, km_buf *out)
 {
 	return compare_field("the toolkit", want->dir, have->dir, out) +
-	       compare_field("E", want->e, have->e, out) + compare_field("N", want->n, have->n, out) +
+	       compare_field("E", want->e, have->e, out) +
+	       compare_field("N", want->n, have->n, out) +
 	       compare_field("device_name", want->device, have->device, out) +
 	       compare_field("dtype", want->dtype, have->dtype, out) +
 	       compare_field("block_shape", want->block, have->block, out);
@@ -422,8 +430,8 @@ static void explain_miss(const char *root, const km_tune_key *key, const char *p
 	}
 	free(dirs);
 	if (near.path)
-		km_buf_printf(why, "there is no tuning file %s; the nearest is %s: %s", path, near.path,
-		              near.misses ? near.what.data : "it cannot be opened");
+		km_buf_printf(why, "there is no tuning file %s; the nearest is %s: %s", path,
+		              near.path, near.misses ? near.what.data : "it cannot be opened");
 	else
 		km_buf_printf(why, "there is no tuning file %s, and no other under %s", path, root);
 	free(near.path);

@@ -1,23 +1,25 @@
 /*
  * Tuning files: which tile numbers a kernel runs with at each token count, measured on one device.
  *
- *   ROOT/cuda_<major>_<minor>/E=<E>,N=<N>,device_name=<name>[,dtype=<dtype>][,block_shape=[n, k]][_down].json
+ *   ROOT/cuda_<major>_<minor>/
+ *   E=<E>,N=<N>,device_name=<name>[,dtype=<dtype>][,block_shape=[n, k]][_down].json
  *
- * The name is the contract of SGLang's fused-MoE configs, with the CUDA toolkit's version in place of
- * Triton's: E experts and N columns of the down projection's weights on this rank (of int4 they are
- * packed in pairs, so N is half the intermediate size), the device's name with _ for spaces, no dtype for
- * bf16, block_shape (printed as Python prints a list) only when both its numbers are above 0. The file is
+ * The name is the contract of SGLang's fused-MoE configs, with the CUDA toolkit's version in place
+ * of Triton's: E experts and N columns of the down projection's weights on this rank (of int4 they
+ * are packed in pairs, so N is half the intermediate size), the device's name with _ for spaces, no
+ * dtype for bf16, block_shape (printed as Python prints a list) only when both its numbers are
+ * above 0. The file is
  *
  *   { "<tokens>": { "<field>": <integer>, ..., "hidden_size": ..., "top_k": ..., "group_size": ...,
  *                   "num_experts": ..., "us": <number>, "plan_us": <number> }, ... }
  *
- * The fields are the kernel's (km_tune_schema). hidden_size, top_k, group_size and num_experts (of all
- * ranks) are not in the name and change what is best, so each entry carries them and they are compared:
- * by them, too, a table of ours is told from Triton's, whose keys are the same; us is what the entry
- * took, plan_us what the plan's own choice took (absent: not measured).
+ * The fields are the kernel's (km_tune_schema). hidden_size, top_k, group_size and num_experts (of
+ * all ranks) are not in the name and change what is best, so each entry carries them and they are
+ * compared: by them, too, a table of ours is told from Triton's, whose keys are the same; us is
+ * what the entry took, plan_us what the plan's own choice took (absent: not measured).
  *
- * Reading trusts nothing: each wrong type, absurd number, missing or unknown field and each entry that
- * the kernel does not take is a sentence. Plain data after reading; any thread may look up.
+ * Reading trusts nothing: each wrong type, absurd number, missing or unknown field and each entry
+ * that the kernel does not take is a sentence. Plain data after reading; any thread may look up.
  */
 #ifndef KM_DEVICE_TUNE_H
 #define KM_DEVICE_TUNE_H
@@ -31,10 +33,10 @@ enum { KM_TUNE_MAX_FIELDS = 16, KM_TUNE_MAX_TOKENS = 1 << 20, KM_TUNE_NAME = 512
 
 typedef struct km_tune_key {
 	int experts, n;
-	char device_name[256];    /* as the driver says it */
-	const char *dtype;        /* "int4_w4a16"; NULL: bf16 */
-	int block_n, block_k;     /* 0: none */
-	int toolkit;              /* 13000 for CUDA 13.0 */
+	char device_name[256]; /* as the driver says it */
+	const char *dtype;     /* "int4_w4a16"; NULL: bf16 */
+	int block_n, block_k;  /* 0: none */
+	int toolkit;           /* 13000 for CUDA 13.0 */
 	bool down;
 } km_tune_key;
 
@@ -49,7 +51,8 @@ typedef struct km_tune_field {
 	int min, max;
 } km_tune_field;
 
-/* What an entry is made of. `check` says whether the kernel takes the values at this many tokens. */
+/* What an entry is made of. `check` says whether the kernel takes the values at this many
+ * tokens. */
 typedef struct km_tune_schema {
 	const km_tune_field *fields;
 	int count; /* <= KM_TUNE_MAX_FIELDS */
@@ -64,7 +67,7 @@ typedef struct km_tune_entry {
 } km_tune_entry;
 
 typedef struct km_tune_table {
-	char *path; /* owned */
+	char *path;             /* owned */
 	km_tune_entry *entries; /* owned, [count] by tokens */
 	int count;
 } km_tune_table;
@@ -91,9 +94,9 @@ void km_tune_format(const km_tune_table *table, const km_tune_problem *problem,
 int km_tune_write(const km_tune_table *table, const char *path, const km_tune_problem *problem,
                   const km_tune_schema *schema, km_err *err);
 
-/* The table for `key` under `root`: 1 and the table; or 0 and a sentence in `why` that names the file
- * and the field that missed. With `required` the latter is KM_ENOTFOUND. A file that is there and is
- * no table is an error in either case. `err` is not NULL. */
+/* The table for `key` under `root`: 1 and the table; or 0 and a sentence in `why` that names the
+ * file and the field that missed. With `required` the latter is KM_ENOTFOUND. A file that is
+ * there and is no table is an error in either case. `err` is not NULL. */
 int km_tune_find(km_tune_table *table, const char *root, const km_tune_key *key,
                  const km_tune_problem *problem, const km_tune_schema *schema, bool required,
                  km_buf *why, km_err *err);

@@ -87,7 +87,8 @@ static int sample(struct search *s, struct runner *r, km_err *err)
 {
 	if (r->count == MOST_SAMPLES)
 		return 0;
-	KM_TRY(s->b->sample(s->b->context, s->state.tokens, r->entry.values, &r->samples[r->count], err));
+	KM_TRY(s->b->sample(s->b->context, s->state.tokens, r->entry.values, &r->samples[r->count],
+	                    err));
 	if (!(r->samples[r->count] > 0) || !isfinite(r->samples[r->count]))
 		return km_fail(err, KM_EDEVICE, "a sample at %d tokens took %g us", s->state.tokens,
 		               r->samples[r->count]);
@@ -108,16 +109,17 @@ static int check_all(struct search *s, km_err *err)
 		if (stopped(s))
 			return canceled(err);
 		if (rc < 0 || (rc == 0 && i == 0))
-			return km_fail(err, rc < 0 ? rc : KM_EDEVICE, "%s%s",
-			               rc < 0 ? "" : "the plan's own choice computes wrongly: ", why.msg);
+			return km_fail(
+				err, rc < 0 ? rc : KM_EDEVICE, "%s%s",
+				rc < 0 ? "" : "the plan's own choice computes wrongly: ", why.msg);
 		t->checked++;
 		if (rc == 1) {
 			s->runners[kept++] = s->runners[i];
 		} else {
 			t->wrong++;
 			if (s->o->wrong)
-				s->o->wrong(s->o->show_context, t->tokens, s->runners[i].entry.values,
-				            why.msg);
+				s->o->wrong(s->o->show_context, t->tokens,
+				            s->runners[i].entry.values, why.msg);
 		}
 		show(s);
 	}
@@ -140,8 +142,9 @@ static void note_best(struct search *s, const struct runner *r)
 	s->state.best = r->entry.values;
 }
 
-/* One round: everybody in it has `samples` when it ends, or the budget is spent. Samples are dealt out
- * in turn, so that a device that warms up slows all alike. Returns 1 when it ended early. */
+/* One round: everybody in it has `samples` when it ends, or the budget is spent. Samples are
+ * dealt out in turn, so that a device that warms up slows all alike. Returns 1 when it ended
+ * early. */
 static int play(struct search *s, int samples, km_err *err)
 {
 	for (int k = 0; k < samples; k++) {
@@ -152,7 +155,8 @@ static int play(struct search *s, int samples, km_err *err)
 				return canceled(err);
 			if (r->count >= samples)
 				continue;
-			/* everybody has one sample, whatever it costs: else there is no choice to make */
+			/* everybody has one sample, whatever it costs: else there is no choice
+			 * to make */
 			if (r->count && spent(s))
 				return 1;
 			KM_TRY(sample(s, r, err));
@@ -210,7 +214,8 @@ static void enter(struct search *s, km_tune_table *table)
 	km_tune_entry e;
 
 	t->plan_us = median(&s->plan);
-	t->plan_won = same_values(winner, &s->plan) || median(winner) > t->plan_us * (1 - KM_TUNER_MARGIN);
+	t->plan_won = same_values(winner, &s->plan) ||
+	              median(winner) > t->plan_us * (1 - KM_TUNER_MARGIN);
 	e = t->plan_won ? s->plan.entry : winner->entry;
 	e.tokens = t->tokens;
 	e.us = t->plan_won ? t->plan_us : median(winner);
@@ -225,7 +230,8 @@ static int tune_tokens(struct search *s, km_tune_table *table, km_err *err)
 {
 	km_tuner_state *t = &s->state;
 	km_tune_entry *list = km_xcalloc(KM_TUNER_MAX_CANDIDATES, sizeof(*list));
-	int n = s->b->candidates(s->b->context, t->tokens, list, KM_TUNER_MAX_CANDIDATES, err), rc = n;
+	int n = s->b->candidates(s->b->context, t->tokens, list, KM_TUNER_MAX_CANDIDATES, err),
+	    rc = n;
 
 	KM_ASSERT(n);
 	s->runners = n > 0 ? km_xcalloc((size_t)n, sizeof(*s->runners)) : NULL;
@@ -271,7 +277,8 @@ int km_tuner_run(const km_tuner_backend *backend, const km_tuner_options *o, km_
 	return 0;
 }
 
-static int check_entry(const km_tuner_backend *b, const km_tune_entry *e, km_tuner_checked *c, km_err *err)
+static int check_entry(const km_tuner_backend *b, const km_tune_entry *e, km_tuner_checked *c,
+                       km_err *err)
 {
 	struct runner r = { .entry = *e };
 	km_err why = { 0 };
@@ -297,8 +304,8 @@ int km_tuner_check(const km_tuner_backend *backend, const km_tune_table *table,
 {
 	for (int i = 0; i < table->count; i++)
 		if (!(table->entries[i].us > 0))
-			return km_fail(err, KM_EINVAL, "%s: entry %d has no \"us\" to check", table->path,
-			               table->entries[i].tokens);
+			return km_fail(err, KM_EINVAL, "%s: entry %d has no \"us\" to check",
+			               table->path, table->entries[i].tokens);
 	for (int i = 0; i < table->count; i++) {
 		out[i] = (km_tuner_checked){ .tokens = table->entries[i].tokens,
 			                     .table_us = table->entries[i].us };

@@ -1,8 +1,8 @@
 /*
- * Into the layout. The inventory's walk gives the three linears of an expert one after another: gate and
- * up make one repacked tensor, in the file that gate's codes are in, down another. What no repacked
- * tensor takes is copied. A file's header is written last: its checksums are known then, and have the
- * same length as the zeros that kept their place.
+ * Into the layout. The inventory's walk gives the three linears of an expert one after another:
+ * gate and up make one repacked tensor, in the file that gate's codes are in, down another. What no
+ * repacked tensor takes is copied. A file's header is written last: its checksums are known then,
+ * and have the same length as the zeros that kept their place.
  */
 #include "model/repack.h"
 
@@ -36,10 +36,10 @@ struct repack {
 	km_repacker base;
 	struct packed *packed;
 	int count, cap;
-	struct linear gate;    /* of the expert that the walk is in */
+	struct linear gate; /* of the expert that the walk is in */
 	int gate_layer, gate_expert;
-	unsigned char *gone;   /* [all tensors, by file]: replaced by a repacked one */
-	int64_t *first;        /* number of a file's first tensor in `gone` */
+	unsigned char *gone; /* [all tensors, by file]: replaced by a repacked one */
+	int64_t *first;      /* number of a file's first tensor in `gone` */
 	km_arena names;
 	int64_t bytes, tensors;
 };
@@ -48,14 +48,14 @@ struct repack {
 struct shard {
 	struct repack *r;
 	int file;
-	km_tensor *tensors;    /* [packed + copies], offsets set */
-	const void **from;     /* beside: struct packed *, or the km_tensor copied */
+	km_tensor *tensors; /* [packed + copies], offsets set */
+	const void **from;  /* beside: struct packed *, or the km_tensor copied */
 	int packed, count;
 	uint64_t data_at;
 	struct piece {
 		int tensor;
 		uint64_t begin;
-	} *pieces;
+	} * pieces;
 	int piece_count;
 	km_outfile out;
 };
@@ -89,7 +89,8 @@ static int check_linear(const struct repack *r, const struct linear *l, km_err *
 	int32_t narrow[2];
 
 	if (l->scales->dtype != KM_BF16)
-		return km_fail(err, KM_EUNSUPPORTED, "%s: tensor %s: the GPU's layout has scales in BF16, this is %s",
+		return km_fail(err, KM_EUNSUPPORTED,
+		               "%s: tensor %s: the GPU's layout has scales in BF16, this is %s",
 		               km_shards_path(shards, l->scales), l->scales->name,
 		               km_dtype_name(l->scales->dtype));
 	if (l->shape->dtype == KM_I64) {
@@ -101,8 +102,10 @@ static int check_linear(const struct repack *r, const struct linear *l, km_err *
 	}
 	if (shape[0] == l->rows && shape[1] == l->cols)
 		return 0;
-	return km_fail(err, KM_EFORMAT, "%s: tensor %s: says [%" PRId64 ", %" PRId64 "], the config [%d, %d]",
-	               km_shards_path(shards, l->shape), l->shape->name, shape[0], shape[1], l->rows, l->cols);
+	return km_fail(err, KM_EFORMAT,
+	               "%s: tensor %s: says [%" PRId64 ", %" PRId64 "], the config [%d, %d]",
+	               km_shards_path(shards, l->shape), l->shape->name, shape[0], shape[1],
+	               l->rows, l->cols);
 }
 
 static int add_packed(struct repack *r, const struct linear *from, int count, km_err *err)
@@ -114,11 +117,13 @@ static int add_packed(struct repack *r, const struct linear *from, int count, km
 	for (int i = 0; i < count; i++) {
 		KM_TRY(check_linear(r, &from[i], err));
 		p.from[i] = from[i];
-		*gone_of(r, from[i].codes) = *gone_of(r, from[i].scales) = *gone_of(r, from[i].shape) = 1;
+		*gone_of(r, from[i].codes) = *gone_of(r, from[i].scales) =
+			*gone_of(r, from[i].shape) = 1;
 	}
 	p.t = (km_tensor){ .dtype = KM_U8, .ndim = 3, .file = from[0].codes->file };
-	p.t.name = new_name(r, from[0].codes->name,
-	                    count == 2 ? "gate_up_proj.weight_repacked" : "down_proj.weight_repacked");
+	p.t.name =
+		new_name(r, from[0].codes->name,
+	                 count == 2 ? "gate_up_proj.weight_repacked" : "down_proj.weight_repacked");
 	p.t.shape[0] = (count == 2 ? 2 * inner : hidden) / KM_MOE_RECORD_ROWS;
 	p.t.shape[1] = (count == 2 ? hidden : inner) / KM_MOE_RECORD_COLS;
 	p.t.shape[2] = KM_MOE_RECORD_BYTES(group);
@@ -143,8 +148,10 @@ static int begin(struct repack *r, km_err *err)
 		return km_fail(err, KM_EUNSUPPORTED,
 		               "%s: has no int4 experts; those alone have a layout for GPUs",
 		               r->base.options->dir);
-	KM_TRY(km_moe_layout_check(c->hidden_size, c->moe_intermediate_size, c->quant.group_size, err) < 0
-	               ? km_fail_within(err, "%s", r->base.options->dir) : 0);
+	KM_TRY(km_moe_layout_check(c->hidden_size, c->moe_intermediate_size, c->quant.group_size,
+	                           err) < 0
+	               ? km_fail_within(err, "%s", r->base.options->dir)
+	               : 0);
 	r->first = km_xcalloc((size_t)shards->file_count + 1, sizeof(*r->first));
 	for (int i = 0; i < shards->file_count; i++)
 		r->first[i + 1] = r->first[i] + shards->files[i].count;
@@ -152,8 +159,8 @@ static int begin(struct repack *r, km_err *err)
 	return 0;
 }
 
-static int take_module(void *context, const km_module *m, const km_tensor *const t[KM_MAX_MODULE_TENSORS],
-                       km_err *err)
+static int take_module(void *context, const km_module *m,
+                       const km_tensor *const t[KM_MAX_MODULE_TENSORS], km_err *err)
 {
 	struct repack *r = context;
 	struct linear l = { t[0], t[1], t[2], (int)m->shape[0], (int)m->shape[1] };
@@ -203,7 +210,8 @@ static void plan_tensors(struct shard *s)
 	s->packed = s->count;
 	for (size_t unit = 8; unit; unit /= 2)
 		for (int i = 0; i < file->count; i++)
-			if (!*gone_of(r, &file->tensors[i]) && km_dtype_bytes(file->tensors[i].dtype) == unit)
+			if (!*gone_of(r, &file->tensors[i]) &&
+			    km_dtype_bytes(file->tensors[i].dtype) == unit)
 				add_tensor(s, &file->tensors[i], &file->tensors[i], &at);
 }
 
@@ -217,7 +225,8 @@ static void plan_pieces(struct shard *s)
 		for (uint64_t at = 0; at < s->tensors[i].bytes; at += step) {
 			if (s->piece_count == cap) {
 				cap = cap ? cap * 2 : 1024;
-				s->pieces = km_xreallocarray(s->pieces, (size_t)cap, sizeof(*s->pieces));
+				s->pieces = km_xreallocarray(s->pieces, (size_t)cap,
+				                             sizeof(*s->pieces));
 			}
 			s->pieces[s->piece_count++] = (struct piece){ i, at };
 		}
@@ -228,10 +237,13 @@ static void put_header(const struct shard *s, km_buf *out)
 {
 	const struct repack *r = s->r;
 	const km_safetensors *file = &r->base.cp.shards.files[s->file];
-	char version[16], *header = km_xstrndup((const char *)file->map + 8, (size_t)file->data_at - 8);
+	char version[16],
+		*header = km_xstrndup((const char *)file->map + 8, (size_t)file->data_at - 8);
 	km_buf sums = KM_BUF_INIT;
-	km_metadata meta[] = { { KM_META_LAYOUT, KM_EXPERT_LAYOUT }, { KM_META_VERSION, version },
-		               { KM_META_CHECKSUMS, "" }, { KM_META_HEADER, header } };
+	km_metadata meta[] = { { KM_META_LAYOUT, KM_EXPERT_LAYOUT },
+		               { KM_META_VERSION, version },
+		               { KM_META_CHECKSUMS, "" },
+		               { KM_META_HEADER, header } };
 
 	snprintf(version, sizeof(version), "%d", KM_MOE_LAYOUT_VERSION);
 	for (int i = 0; i < s->packed; i++)
@@ -243,7 +255,8 @@ static void put_header(const struct shard *s, km_buf *out)
 	free(header);
 }
 
-static int pack(struct shard *s, struct packed *p, uint64_t to, km_piece_buffer *buffer, km_err *err)
+static int pack(struct shard *s, struct packed *p, uint64_t to, km_piece_buffer *buffer,
+                km_err *err)
 {
 	const km_config *c = &s->r->base.config;
 	int hidden = c->hidden_size, inner = c->moe_intermediate_size, group = c->quant.group_size;
@@ -252,7 +265,8 @@ static int pack(struct shard *s, struct packed *p, uint64_t to, km_piece_buffer 
 	km_int4_matrix m[2];
 
 	if (!out)
-		return km_fail(err, KM_ENOMEM, "tensor %s: there is no memory to repack it", p->t.name);
+		return km_fail(err, KM_ENOMEM, "tensor %s: there is no memory to repack it",
+		               p->t.name);
 	at = out + p->t.bytes; /* records and matrices are multiples of 64 bytes */
 	for (int i = 0; i < p->count; i++, at += codes + scales) {
 		KM_TRY(km_repack_read(&s->r->base, p->from[i].codes, 0, at, codes, err));
@@ -277,7 +291,8 @@ static int do_piece(void *context, int i, km_piece_buffer *buffer, km_err *err)
 
 	if (piece->tensor < s->packed)
 		return pack(s, (struct packed *)(uintptr_t)s->from[piece->tensor], to, buffer, err);
-	return km_repack_copy(&s->r->base, s->from[piece->tensor], piece->begin, &s->out, to, buffer, err);
+	return km_repack_copy(&s->r->base, s->from[piece->tensor], piece->begin, &s->out, to,
+	                      buffer, err);
 }
 
 static int fill_file(struct shard *s, km_err *err)
@@ -319,7 +334,8 @@ static int write_shard(struct repack *r, int file, km_buf *index, km_err *err)
 	if (rc >= 0)
 		rc = fill_file(&s, err);
 	for (int i = 0; i < s.count; i++) {
-		km_buf_printf(index, "%s\n    \"%s\": \"%s\"", index->len ? "," : "", s.tensors[i].name, name);
+		km_buf_printf(index, "%s\n    \"%s\": \"%s\"", index->len ? "," : "",
+		              s.tensors[i].name, name);
 		r->bytes += (int64_t)s.tensors[i].bytes;
 	}
 	r->tensors += s.count;
@@ -340,12 +356,15 @@ static int write_index(const struct repack *r, const km_buf *names, km_err *err)
 
 	if (!r->base.cp.shards.indexed)
 		return 0;
-	km_buf_printf(&out, "{\n  \"metadata\": {\n    \"total_size\": %" PRId64
-	              "\n  },\n  \"weight_map\": {%s\n  }\n}\n", r->bytes, names->data ? names->data : "");
+	km_buf_printf(&out,
+	              "{\n  \"metadata\": {\n    \"total_size\": %" PRId64
+	              "\n  },\n  \"weight_map\": {%s\n  }\n}\n",
+	              r->bytes, names->data ? names->data : "");
 	rc = km_repack_save(&r->base, "model.safetensors.index.json", out.data, out.len, err);
 	km_buf_release(&out);
 	KM_TRY(rc);
-	return km_repack_copy_file(&r->base, "model.safetensors.index.json", KM_ORIGINAL_INDEX, err);
+	return km_repack_copy_file(&r->base, "model.safetensors.index.json", KM_ORIGINAL_INDEX,
+	                           err);
 }
 
 /* The config's own text with the mark put in after its first brace. */
@@ -414,7 +433,8 @@ int km_repack(const km_repack_options *options, km_repack_result *result, km_err
 	km_arena_init(&r.names, 1 << 16);
 	rc = km_repack_open(&r.base, options, take_module, &r, err);
 	if (rc >= 0 && !r.count)
-		rc = km_fail(err, KM_EUNSUPPORTED, "%s: has no int4 experts; those alone have a layout for GPUs",
+		rc = km_fail(err, KM_EUNSUPPORTED,
+		             "%s: has no int4 experts; those alone have a layout for GPUs",
 		             options->dir);
 	if (rc >= 0)
 		rc = write_all(&r, err);

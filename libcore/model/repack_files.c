@@ -33,8 +33,8 @@ static bool stopped(const km_repacker *r)
 	return r->options->cancel && *r->options->cancel;
 }
 
-static int run_piece(const km_repacker *r, int i, km_piece piece, void *context, km_piece_buffer *buffer,
-                     km_err *err)
+static int run_piece(const km_repacker *r, int i, km_piece piece, void *context,
+                     km_piece_buffer *buffer, km_err *err)
 {
 	if (stopped(r))
 		return km_fail(err, KM_ECANCELED, "%s: interrupted; what was written is removed",
@@ -54,7 +54,8 @@ int km_repack_pieces(const km_repacker *r, int count, km_piece piece, void *cont
 		for (int i = 0; i < count; i++) {
 			km_err mine = { 0 };
 
-			if (atomic_load(&failed) || run_piece(r, i, piece, context, &buffer, &mine) >= 0)
+			if (atomic_load(&failed) ||
+			    run_piece(r, i, piece, context, &buffer, &mine) >= 0)
 				continue;
 #pragma omp critical
 			if (!atomic_load(&failed)) {
@@ -67,8 +68,8 @@ int km_repack_pieces(const km_repacker *r, int count, km_piece piece, void *cont
 	return atomic_load(&failed);
 }
 
-int km_repack_open(km_repacker *r, const km_repack_options *options, km_module_bind bind, void *context,
-                   km_err *err)
+int km_repack_open(km_repacker *r, const km_repack_options *options, km_module_bind bind,
+                   void *context, km_err *err)
 {
 	km_findings findings, notes;
 	int rc;
@@ -77,7 +78,8 @@ int km_repack_open(km_repacker *r, const km_repack_options *options, km_module_b
 	KM_TRY(km_config_load(&r->config, options->dir, err));
 	r->opened = true;
 	km_findings_init(&findings, 1);
-	km_findings_init(&notes, 0); /* what does not stop a model from opening does not stop this */
+	km_findings_init(&notes,
+	                 0); /* what does not stop a model from opening does not stop this */
 	rc = km_checkpoint_open(&r->cp, options->dir, &findings, &notes, err);
 	if (rc >= 0)
 		rc = km_checkpoint_match(&r->cp, &r->config, bind, context, &findings, err);
@@ -128,7 +130,8 @@ int km_repack_read(const km_repacker *r, const km_tensor *t, uint64_t begin, voi
 		close(fd);
 	if (!rc)
 		return 0;
-	return km_fail(err, KM_EIO, "%s: tensor %s: cannot be read: %s", file->path, t->name, strerror(rc));
+	return km_fail(err, KM_EIO, "%s: tensor %s: cannot be read: %s", file->path, t->name,
+	               strerror(rc));
 }
 
 int km_repack_copy(km_repacker *r, const km_tensor *t, uint64_t begin, km_outfile *out, uint64_t to,
@@ -139,7 +142,8 @@ int km_repack_copy(km_repacker *r, const km_tensor *t, uint64_t begin, km_outfil
 	unsigned char *p = km_piece_memory(buffer, bytes);
 
 	if (!p)
-		return km_fail(err, KM_ENOMEM, "tensor %s: there is no memory for %zu bytes", t->name, bytes);
+		return km_fail(err, KM_ENOMEM, "tensor %s: there is no memory for %zu bytes",
+		               t->name, bytes);
 	KM_TRY(km_repack_read(r, t, begin, p, bytes, err));
 	KM_TRY(km_outfile_write_at(out, to + begin, p, bytes, err));
 	km_progress_add(&r->progress, (int64_t)bytes);
@@ -148,7 +152,8 @@ int km_repack_copy(km_repacker *r, const km_tensor *t, uint64_t begin, km_outfil
 
 /* ---- the other files ------------------------------------------------------------------------ */
 
-int km_repack_save(const km_repacker *r, const char *name, const void *data, size_t bytes, km_err *err)
+int km_repack_save(const km_repacker *r, const char *name, const void *data, size_t bytes,
+                   km_err *err)
 {
 	char *path = km_xasprintf("%s/%s", r->out.temp, name);
 	int rc = km_outfile_save(path, data, bytes, err);
@@ -216,17 +221,19 @@ int km_repack_copy_rest(const km_repacker *r, km_err *err)
 	int rc = 0;
 
 	if (!d)
-		return km_fail(err, KM_EIO, "%s: cannot be listed: %s", r->options->dir, strerror(errno));
+		return km_fail(err, KM_EIO, "%s: cannot be listed: %s", r->options->dir,
+		               strerror(errno));
 	while (rc >= 0 && (e = readdir(d))) {
 		struct stat st;
 
-		if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") || is_rewritten(r, e->d_name))
+		if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") ||
+		    is_rewritten(r, e->d_name))
 			continue;
 		if (fstatat(dirfd(d), e->d_name, &st, 0) == 0 && S_ISREG(st.st_mode))
 			rc = km_repack_copy_file(r, e->d_name, e->d_name, err);
 		else
-			km_log(KM_LOG_WARN, "%s/%s is no regular file and is not copied", r->options->dir,
-			       e->d_name);
+			km_log(KM_LOG_WARN, "%s/%s is no regular file and is not copied",
+			       r->options->dir, e->d_name);
 	}
 	closedir(d);
 	return rc;
@@ -243,7 +250,9 @@ int km_repack_checksum(const km_shards *shards, const km_tensor *t, uint64_t *su
 	*sum = 0;
 	for (int i = 0; i < 16 && len >= at + 16; i++) {
 		char c = all[at + (size_t)i];
-		int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+		int digit = c >= '0' && c <= '9'   ? c - '0'
+		            : c >= 'a' && c <= 'f' ? c - 'a' + 10
+		                                   : -1;
 
 		if (digit < 0)
 			break;
@@ -251,6 +260,6 @@ int km_repack_checksum(const km_shards *shards, const km_tensor *t, uint64_t *su
 		if (i == 15)
 			return 0;
 	}
-	return km_fail(err, KM_EFORMAT, "%s: tensor %s: %s has no checksum of it", file->path, t->name,
-	               KM_META_CHECKSUMS);
+	return km_fail(err, KM_EFORMAT, "%s: tensor %s: %s has no checksum of it", file->path,
+	               t->name, KM_META_CHECKSUMS);
 }

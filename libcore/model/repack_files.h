@@ -1,6 +1,7 @@
 /*
- * What repacking and unpacking share: the checkpoint they read, the folder they write, pieces of work on
- * all threads. Used by model/repack.c and model/unpack.c; the checksums by model/verify.c too.
+ * What repacking and unpacking share: the checkpoint they read, the folder they write, pieces of
+ * work on all threads. Used by model/repack.c and model/unpack.c; the checksums by model/verify.c
+ * too.
  */
 #ifndef KM_MODEL_REPACK_FILES_H
 #define KM_MODEL_REPACK_FILES_H
@@ -12,7 +13,8 @@
 #include "model/repack.h"
 
 #define KM_ORIGINAL_INDEX "original.model.safetensors.index.json"
-#define KM_REPACK_MARK_BEGIN "\n  \"kimi_repacked\": {\"layout\": \"" KM_EXPERT_LAYOUT "\", \"version\": "
+#define KM_REPACK_MARK_BEGIN                                                                       \
+	"\n  \"kimi_repacked\": {\"layout\": \"" KM_EXPERT_LAYOUT "\", \"version\": "
 
 /* Bytes of a tensor that are copied at a time. */
 enum { KM_COPY_BYTES = 4 << 20 };
@@ -40,19 +42,22 @@ typedef int (*km_piece)(void *context, int piece, km_piece_buffer *buffer, km_er
 int km_repack_pieces(const km_repacker *r, int count, km_piece piece, void *context, km_err *err);
 
 /* Opens the checkpoint, calling `bind` for each module; a problem with it is an error. */
-int km_repack_open(km_repacker *r, const km_repack_options *options, km_module_bind bind, void *context,
-                   km_err *err);
+int km_repack_open(km_repacker *r, const km_repack_options *options, km_module_bind bind,
+                   void *context, km_err *err);
 void km_repack_close(km_repacker *r);
 
-/* Reads bytes [begin, begin + bytes) of a tensor, with read() so that a failing disk is a sentence. */
+/* Reads bytes [begin, begin + bytes) of a tensor, with read() so that a failing disk is a
+ * sentence. */
 int km_repack_read(const km_repacker *r, const km_tensor *t, uint64_t begin, void *to, size_t bytes,
                    km_err *err);
 /* Copies one piece of a tensor: the one at `begin`, at most KM_COPY_BYTES. */
 int km_repack_copy(km_repacker *r, const km_tensor *t, uint64_t begin, km_outfile *out, uint64_t to,
                    km_piece_buffer *buffer, km_err *err);
 
-/* Saves one small file in the new folder; copies all regular files but weights, index, config.json. */
-int km_repack_save(const km_repacker *r, const char *name, const void *data, size_t bytes, km_err *err);
+/* Saves one small file in the new folder; copies all regular files but weights, index,
+ * config.json. */
+int km_repack_save(const km_repacker *r, const char *name, const void *data, size_t bytes,
+                   km_err *err);
 int km_repack_copy_file(const km_repacker *r, const char *from, const char *to, km_err *err);
 int km_repack_copy_rest(const km_repacker *r, km_err *err);
 

@@ -1,8 +1,8 @@
 /*
- * Out of the layout: the files as they were before. A file's old header is in its metadata, word for word;
- * each tensor that it lists is copied, or is part of a repacked one: codes, scales or shape of gate, up or
- * down. A repacked tensor is read, held against its checksum and unpacked once for each file that has
- * parts of it: once, but at the border of two files.
+ * Out of the layout: the files as they were before. A file's old header is in its metadata, word
+ * for word; each tensor that it lists is copied, or is part of a repacked one: codes, scales or
+ * shape of gate, up or down. A repacked tensor is read, held against its checksum and unpacked once
+ * for each file that has parts of it: once, but at the border of two files.
  */
 #include "model/repack.h"
 
@@ -31,7 +31,7 @@ struct target {
 	const km_tensor *t;    /* old */
 	const km_tensor *from; /* now: itself, or the repacked tensor that it is part of */
 	bool part, down;
-	int matrix;            /* gate 0, up 1 */
+	int matrix; /* gate 0, up 1 */
 	enum what what;
 };
 
@@ -42,9 +42,9 @@ struct old_file {
 	int parts;
 	uint64_t data_at, bytes;
 	struct piece {
-		int target, count;  /* parts: targets of one repacked tensor */
-		uint64_t begin;     /* copies */
-	} *pieces;
+		int target, count; /* parts: targets of one repacked tensor */
+		uint64_t begin;    /* copies */
+	} * pieces;
 	int piece_count;
 	km_outfile out;
 };
@@ -97,11 +97,15 @@ static bool part_fits(const struct unpack *u, const struct target *to)
 	int64_t cols = to->down ? c->moe_intermediate_size : c->hidden_size;
 
 	switch (to->what) {
-	case CODES: return t->dtype == KM_I32 && t->ndim == 2 && t->shape[0] == rows && t->shape[1] == cols / 8;
+	case CODES:
+		return t->dtype == KM_I32 && t->ndim == 2 && t->shape[0] == rows &&
+		       t->shape[1] == cols / 8;
 	case SCALES:
 		return t->dtype == KM_BF16 && t->ndim == 2 && t->shape[0] == rows &&
 		       t->shape[1] == cols / c->quant.group_size;
-	case SHAPE: return (t->dtype == KM_I32 || t->dtype == KM_I64) && t->ndim == 1 && t->shape[0] == 2;
+	case SHAPE:
+		return (t->dtype == KM_I32 || t->dtype == KM_I64) && t->ndim == 1 &&
+		       t->shape[0] == 2;
 	}
 	return false;
 }
@@ -122,7 +126,8 @@ static int find_target(struct old_file *f, const km_tensor *t, struct target *to
 	if (to->from && part_fits(u, to))
 		return 0;
 	return km_fail(err, KM_EFORMAT,
-	               "%s: " KM_META_HEADER " lists tensor %s, which cannot be made from what is there",
+	               "%s: " KM_META_HEADER
+	               " lists tensor %s, which cannot be made from what is there",
 	               f->header.path, t->name);
 }
 
@@ -185,9 +190,10 @@ static int read_whole(struct unpack *u, const km_tensor *t, unsigned char *to, k
 	sum = km_checksum(to, t->bytes, 0);
 	if (sum == want)
 		return 0;
-	return km_fail(err, KM_EFORMAT, "%s: tensor %s: is damaged: its checksum is %016" PRIx64
-	               ", %016" PRIx64 " was written", km_shards_path(&u->base.cp.shards, t), t->name, sum,
-	               want);
+	return km_fail(err, KM_EFORMAT,
+	               "%s: tensor %s: is damaged: its checksum is %016" PRIx64 ", %016" PRIx64
+	               " was written",
+	               km_shards_path(&u->base.cp.shards, t), t->name, sum, want);
 }
 
 /* weight_shape of [rows, cols], as I32 or I64. */
@@ -201,7 +207,8 @@ static void shape_bytes(const struct unpack *u, const struct target *to, unsigne
 	memcpy(out, to->t->dtype == KM_I32 ? (const void *)shape : wide, to->t->bytes);
 }
 
-static int write_part(struct old_file *f, const struct target *to, const km_int4_matrix *m, km_err *err)
+static int write_part(struct old_file *f, const struct target *to, const km_int4_matrix *m,
+                      km_err *err)
 {
 	unsigned char shape[16];
 	const void *data = to->what == CODES ? (const void *)m->codes : m->scales;
@@ -215,18 +222,22 @@ static int write_part(struct old_file *f, const struct target *to, const km_int4
 	return 0;
 }
 
-static int unpack_piece(struct old_file *f, const struct piece *piece, km_piece_buffer *buffer, km_err *err)
+static int unpack_piece(struct old_file *f, const struct piece *piece, km_piece_buffer *buffer,
+                        km_err *err)
 {
 	const struct target *first = &f->targets[piece->target];
 	const km_config *c = &f->u->base.config;
 	int hidden = c->hidden_size, inner = c->moe_intermediate_size, group = c->quant.group_size;
-	size_t codes = (size_t)hidden * (size_t)inner / 2, scales = (size_t)hidden * (size_t)(inner / group) * 2;
+	size_t codes = (size_t)hidden * (size_t)inner / 2,
+	       scales = (size_t)hidden * (size_t)(inner / group) * 2;
 	const km_tensor *t = first->from;
-	unsigned char *p = km_piece_memory(buffer, t->bytes + 2 * (codes + scales)), *at = p + t->bytes;
+	unsigned char *p = km_piece_memory(buffer, t->bytes + 2 * (codes + scales)),
+		      *at = p + t->bytes;
 	km_int4_matrix m[2];
 
 	if (!p)
-		return km_fail(err, KM_ENOMEM, "tensor %s: there is no memory to unpack it", t->name);
+		return km_fail(err, KM_ENOMEM, "tensor %s: there is no memory to unpack it",
+		               t->name);
 	KM_TRY(read_whole(f->u, t, p, err));
 	for (int i = 0; i < 2; i++, at += codes + scales)
 		m[i] = (km_int4_matrix){ (uint32_t *)(void *)at, (uint16_t *)(void *)(at + codes) };
@@ -247,8 +258,8 @@ static int do_piece(void *context, int i, km_piece_buffer *buffer, km_err *err)
 
 	if (to->part)
 		return unpack_piece(f, piece, buffer, err);
-	return km_repack_copy(&f->u->base, to->from, piece->begin, &f->out, f->data_at + to->t->offset, buffer,
-	                      err);
+	return km_repack_copy(&f->u->base, to->from, piece->begin, &f->out,
+	                      f->data_at + to->t->offset, buffer, err);
 }
 
 static int fill_file(struct old_file *f, const char *header, size_t len, km_err *err)
@@ -270,7 +281,8 @@ static const char *header_of(const km_safetensors *file, km_err *err)
 	const char *header = km_safetensors_metadata(file, KM_META_HEADER);
 
 	if (!header)
-		km_fail(err, KM_EFORMAT, "%s: has no " KM_META_HEADER ": what it was before is not known",
+		km_fail(err, KM_EFORMAT,
+		        "%s: has no " KM_META_HEADER ": what it was before is not known",
 		        file->path);
 	return header;
 }
@@ -280,7 +292,8 @@ static int write_file(struct unpack *u, const km_safetensors *now, km_err *err)
 	struct old_file f = { .u = u, .out = { .fd = -1 } };
 	char *path = km_xasprintf("%s%s", u->base.out.temp, strrchr(now->path, '/'));
 	const char *header = header_of(now, err);
-	int rc = header ? km_safetensors_parse_header(&f.header, header, strlen(header), now->path, err)
+	int rc = header ? km_safetensors_parse_header(&f.header, header, strlen(header), now->path,
+	                                              err)
 	                : KM_EFORMAT;
 
 	if (rc >= 0)
@@ -316,8 +329,10 @@ static int write_config(const struct unpack *u, km_err *err)
 	snprintf(mark, sizeof(mark), KM_REPACK_MARK_BEGIN "%d},", u->base.config.expert_layout);
 	at = rc >= 0 ? strstr(text, mark) : NULL;
 	if (rc >= 0 && !at)
-		rc = km_fail(err, KM_EFORMAT, "%s: kimi_repacked is not as kimi-convert wrote it; it is expected "
-		             "as '%s'", path, mark + 3);
+		rc = km_fail(err, KM_EFORMAT,
+		             "%s: kimi_repacked is not as kimi-convert wrote it; it is expected "
+		             "as '%s'",
+		             path, mark + 3);
 	if (rc >= 0) {
 		size_t before = (size_t)(at - text), after = before + strlen(mark);
 		char *out = km_xmalloc(len + 1);
@@ -332,8 +347,8 @@ static int write_config(const struct unpack *u, km_err *err)
 	return rc;
 }
 
-static int count_module(void *context, const km_module *m, const km_tensor *const t[KM_MAX_MODULE_TENSORS],
-                        km_err *err)
+static int count_module(void *context, const km_module *m,
+                        const km_tensor *const t[KM_MAX_MODULE_TENSORS], km_err *err)
 {
 	struct unpack *u = context;
 
@@ -360,7 +375,8 @@ static int write_all(struct unpack *u, km_err *err)
 	KM_TRY(rc);
 	km_progress_finish(&b->progress);
 	if (b->cp.shards.indexed)
-		KM_TRY(km_repack_copy_file(b, KM_ORIGINAL_INDEX, "model.safetensors.index.json", err));
+		KM_TRY(km_repack_copy_file(b, KM_ORIGINAL_INDEX, "model.safetensors.index.json",
+		                           err));
 	KM_TRY(write_config(u, err));
 	return km_outdir_commit(&b->out, err);
 }
@@ -371,7 +387,8 @@ int km_unpack(const km_repack_options *options, km_repack_result *result, km_err
 	int rc = km_repack_open(&u.base, options, count_module, &u, err);
 
 	if (rc >= 0 && !u.base.config.expert_layout)
-		rc = km_fail(err, KM_EINVAL, "%s: is not repacked (config.json has no kimi_repacked)",
+		rc = km_fail(err, KM_EINVAL,
+		             "%s: is not repacked (config.json has no kimi_repacked)",
 		             options->dir);
 	if (rc >= 0)
 		rc = write_all(&u, err);

@@ -11,8 +11,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	const km_moe_tune_context context = {
-		.problem = { .tokens = 1, .experts = 384, .global_experts = 384, .top_k = 8, .hidden = 7168,
-			     .intermediate = 256, .group = 32, .packed = true },
+		.problem = { .tokens = 1,
+		             .experts = 384,
+		             .global_experts = 384,
+		             .top_k = 8,
+		             .hidden = 7168,
+		             .intermediate = 256,
+		             .group = 32,
+		             .packed = true },
 		.device = { 90, 132 },
 	};
 	km_tune_problem problem = km_moe_tune_problem(&context.problem);
@@ -26,10 +32,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		return 0;
 	}
 	km_tune_format(&table, &problem, &schema, &text);
-	KM_ASSERT(km_tune_parse(&again, text.data, text.len, "again", &problem, &schema, &err) == 0);
+	KM_ASSERT(km_tune_parse(&again, text.data, text.len, "again", &problem, &schema, &err) ==
+	          0);
 	KM_ASSERT(again.count == table.count);
 	for (int i = 0; i < table.count; i++)
-		KM_ASSERT(!memcmp(again.entries[i].values, table.entries[i].values, sizeof(table.entries[i].values)) &&
+		KM_ASSERT(!memcmp(again.entries[i].values, table.entries[i].values,
+		                  sizeof(table.entries[i].values)) &&
 		          again.entries[i].tokens == table.entries[i].tokens);
 	km_tune_release(&table);
 	km_tune_release(&again);
