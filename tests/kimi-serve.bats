@@ -67,6 +67,18 @@ stop() {
 	done
 }
 
+@test "the log has what --log-level says, the cache is dropped on demand" {
+	start --log-level warning --log-requests
+	for cached in "== 0" "> 0" "== 0"; do
+		curl -sS --fail "$url/v1/completions" -d '{"prompt":"a prompt that is longer than two pages, so that two of them can be found",
+			"max_tokens":1}' | jq -e ".usage.prompt_tokens_details.cached_tokens $cached"
+		[ "$cached" = "== 0" ] || curl -sS --fail -X POST "$url/flush_cache" | jq -e .success
+	done
+	stop
+	[ "$status" -eq 0 ]
+	[ ! -s "$dir/log" ]
+}
+
 @test "an empty key is refused: it is an unset variable most often" {
 	run timeout 20 "$serve" --model-path "$model" --port 0 --api-key "" $small
 	[ "$status" -eq 2 ]

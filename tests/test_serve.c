@@ -128,6 +128,10 @@ static void the_small_endpoints_answer(void **state)
 	assert_int_equal(http_ask(f->port, "HEAD", "/health", "", &out), 200);
 	assert_int_equal(out.len, 0);
 	assert_int_equal(http_ask(f->port, "GET", "/version", "", &out), 200);
+	assert_int_equal(http_ask(f->port, "POST", "/flush_cache", "", &out), 200);
+	f->engine.live++;
+	assert_int_equal(http_ask(f->port, "POST", "/flush_cache", "", &out), 409);
+	f->engine.live--;
 	assert_int_equal(http_ask(f->port, "GET", "/v1/models", "", &out), 200);
 	assert_non_null(strstr(out.data, "\"max_model_len\":100000"));
 	assert_int_equal(http_ask(f->port, "GET", "/v1/models/kimi-test", "", &out), 200);

@@ -79,15 +79,15 @@ static void what_is_written_is_read(void **state)
 	km_err err;
 
 	(void)state;
-	km_sse_data(&text, "a\n\nb", 4);
 	km_sse_comment(&text, "ping", 4);
-	km_sse_data(&text, "", 0);
+	km_buf_puts(&text, "data: \n\n");
+	km_sse_comment(&text, "two\nlines", 9);
 	km_sse_done(&text);
 	assert_string_equal(text.data,
-	                    "data: a\ndata: \ndata: b\n\n: ping\n\ndata: \n\ndata: [DONE]\n\n");
+	                    ": ping\n\ndata: \n\n: two\n: lines\n\ndata: [DONE]\n\n");
 	km_sse_reader_init(&reader, 0, collect, &out);
 	assert_int_equal(km_sse_reader_push(&reader, text.data, text.len, &err), 0);
-	assert_string_equal(out.data, "[a\n\nb]#ping\n[][[DONE]]");
+	assert_string_equal(out.data, "#ping\n[]#two\n#lines\n[[DONE]]");
 	km_sse_reader_release(&reader);
 	km_buf_release(&out);
 	km_buf_release(&text);

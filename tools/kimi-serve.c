@@ -19,7 +19,7 @@ enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 struct options {
 	const char *model, *name, *host, *api_key, *kv_dtype, *template, *tool_parser,
 		*reasoning_parser;
-	const char *sampling, *isa, *accepted;
+	const char *sampling, *log_level, *isa, *accepted;
 	int64_t port, max_body, max_connections, context, running, queued, total_tokens, chunk,
 		page, threads;
 	int64_t stream_buffer, tp, pp, dp, ep, dcp, nodes;
@@ -76,6 +76,8 @@ static const km_option table[] = {
 	STRING("served-model-name", "NAME", name,
 	       "the model's name in requests and answers (default DIR)"),
 	FLAG("log-requests,enable-log-requests", log_requests, "a line on stderr for each request"),
+	CHOICE("log-level", "LEVEL", log_level, "error|warning|info|debug",
+	       "what is worth a line on stderr (default info)"),
 	BYTES("max-body-size", max_body, 1024, 1e10, "largest request body (default 32M)"),
 	INT("max-connections", max_connections, 1, 100000, "connections at a time (default 1000)"),
 	NUMBER("request-timeout", "S", request_timeout, 0.1, 86400,
@@ -243,6 +245,12 @@ static enum km_kv_dtype kv_dtype(const char *name)
 	return strcmp(name, "float32") ? KM_KV_BF16 : KM_KV_F32;
 }
 
+static enum km_log_level log_level(const char *name)
+{
+	return *name == 'e' ? KM_LOG_ERROR : *name == 'w' ? KM_LOG_WARN : *name == 'i' ? KM_LOG_INFO :
+	                      KM_LOG_DEBUG;
+}
+
 static void engine_options(const struct options *o, km_engine_options *e)
 {
 	km_engine_options_init(e);
@@ -405,6 +413,7 @@ int main(int argc, char **argv)
 		.tool_parser = "auto",
 		.reasoning_parser = "auto",
 		.sampling = "model",
+		.log_level = "info",
 		.max_body = 32 << 20,
 		.max_connections = 1000,
 		.request_timeout = 30,
@@ -433,6 +442,7 @@ int main(int argc, char **argv)
 	if (!o.name)
 		o.name = o.model;
 	catch_signals();
+	km_log_set_level(log_level(o.log_level));
 	engine_options(&o, &engine);
 	return o.plan ? print_plan(&engine) : run(&o, &engine);
 }

@@ -13,7 +13,7 @@ static const double token_bounds[] = { 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 
 static const double request_bounds[] = { 0.1, 0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,   10,
 	                                 15,  20,  30,  40,  50, 60,  120, 300, 600, 1800 };
 
-static const int statuses[KM_MAX_STATUSES] = { 200, 400, 401, 404, 405, 413, 429, 500, 503 };
+static const int statuses[KM_MAX_STATUSES] = { 200, 400, 401, 404, 405, 409, 413, 429, 500, 503 };
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 

@@ -11,6 +11,7 @@
 
 #include "base/mem.h"
 #include "base/utf8.h"
+#include "text/chat.h"
 #include "text/textfile.h"
 #include "wire/openai_fields.h"
 
@@ -261,10 +262,9 @@ static int check_history_calls(const json_t *calls, size_t message, km_openai_er
 			                      "%s[%zu] must have an id and a function with a name.",
 			                      param, i);
 	}
-	return (int)json_array_size(calls);
+	return 0;
 }
 
-/* Returns the number of tool calls that the message makes. */
 static int check_message(const json_t *message, size_t i, km_openai_error *error)
 {
 	const json_t *content = km_openai_get(message, "content"),
@@ -296,14 +296,10 @@ static int take_messages(km_openai_request *r, km_openai_error *error)
 		return km_openai_fail(error, 400, "messages", NULL, "messages must be a list.");
 	if (!json_array_size(messages))
 		return km_openai_fail(error, 400, "messages", NULL, "Messages cannot be empty.");
-	for (size_t i = 0; i < json_array_size(messages); i++) {
-		int calls = check_message(json_array_get(messages, i), i, error);
-
-		if (calls < 0)
-			return calls;
-		r->history_tool_calls += calls;
-	}
+	for (size_t i = 0; i < json_array_size(messages); i++)
+		KM_TRY(check_message(json_array_get(messages, i), i, error));
 	r->messages = messages;
+	r->history_tool_calls = km_chat_count_calls(messages);
 	return 0;
 }
 

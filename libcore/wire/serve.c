@@ -200,6 +200,21 @@ static void metrics(struct km_serve *s, km_exchange *x)
 	km_http_reply(x, 200, "text/plain; version=0.0.4; charset=utf-8", &out);
 }
 
+static void flush_cache(struct km_serve *s, km_exchange *x)
+{
+	km_openai_error error;
+	km_buf out = KM_BUF_INIT;
+
+	if (km_engine_flush_cache(s->service->engine) < 0) {
+		km_openai_fail(&error, 409, NULL, NULL,
+		               "Requests are running; the cache is flushed only between them.");
+		km_http_reply_error(x, &error);
+		return;
+	}
+	km_buf_puts(&out, "{\"success\":true}");
+	reply_json(x, &out);
+}
+
 static void write_token_strings(const struct km_serve *s, const km_ids *ids, km_buf *out)
 {
 	km_buf_puts(out, ",\"token_strs\":[");
@@ -335,6 +350,7 @@ static const struct route routes[] = {
 	{ "GET", "/version", false, false, version },
 	{ "POST", "/tokenize", false, false, tokenize },
 	{ "POST", "/detokenize", false, false, detokenize },
+	{ "POST", "/flush_cache", false, false, flush_cache },
 };
 
 enum { ROUTES = sizeof(routes) / sizeof(routes[0]) };

@@ -94,14 +94,14 @@ int km_sse_reader_push(km_sse_reader *r, const char *bytes, size_t len, km_err *
 	return 0;
 }
 
-static void write_lines(km_buf *out, const char *lead, const char *text, size_t len)
+void km_sse_comment(km_buf *out, const char *text, size_t len)
 {
 	const char *end = text + len;
 
 	for (;;) {
 		const char *newline = len ? memchr(text, '\n', (size_t)(end - text)) : NULL;
 
-		km_buf_puts(out, lead);
+		km_buf_puts(out, ": ");
 		km_buf_append(out, text, (size_t)((newline ? newline : end) - text));
 		km_buf_putc(out, '\n');
 		if (!newline)
@@ -109,16 +109,6 @@ static void write_lines(km_buf *out, const char *lead, const char *text, size_t 
 		text = newline + 1;
 	}
 	km_buf_putc(out, '\n');
-}
-
-void km_sse_data(km_buf *out, const char *text, size_t len)
-{
-	write_lines(out, "data: ", text, len);
-}
-
-void km_sse_comment(km_buf *out, const char *text, size_t len)
-{
-	write_lines(out, ": ", text, len);
 }
 
 void km_sse_done(km_buf *out)

@@ -1,5 +1,5 @@
 /*
- * Server-sent events: a reader for any stream, a writer for the few forms that OpenAI's API uses.
+ * Server-sent events: a reader for any stream, and what is written beside data.
  *
  * The reader takes bytes however they come and hands over each event's data (several data lines are
  * joined by a newline) and each comment. Lines end in LF, CR LF or CR. Fields other than data are
@@ -34,8 +34,7 @@ void km_sse_reader_release(km_sse_reader *reader);
 int km_sse_reader_push(km_sse_reader *reader, const char *bytes, size_t len, km_err *err);
 bool km_sse_reader_cut(const km_sse_reader *reader); /* would the end of input here cut an event? */
 
-/* "data: TEXT\n\n" and ": TEXT\n\n"; a newline in TEXT begins another such line. */
-void km_sse_data(km_buf *out, const char *text, size_t len);
+/* ": TEXT\n\n"; a newline in TEXT begins another such line. */
 void km_sse_comment(km_buf *out, const char *text, size_t len);
 void km_sse_done(km_buf *out); /* "data: [DONE]\n\n" */
 

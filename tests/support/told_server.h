@@ -222,6 +222,11 @@ const km_tokenizer *km_engine_tokenizer(const km_engine *e)
 	return e->tokenizer;
 }
 
+int km_engine_flush_cache(km_engine *e)
+{
+	return e->live ? KM_EINVAL : 0;
+}
+
 int km_engine_context_length(const km_engine *e)
 {
 	(void)e;
