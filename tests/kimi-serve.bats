@@ -209,6 +209,20 @@ line() {
 	grep -q "answering" "$dir/err"
 }
 
+@test "a batch line that is too long is an error wherever it stands, also as the last without an end" {
+	long() { head -c 70000 /dev/zero | tr '\\0' x; }
+	{
+		long
+		echo
+		line good /v1/completions '{"prompt":"a","max_tokens":2}'
+		long
+	} >"$dir/in"
+	run sh -c "'$serve' --model-path '$model' --batch --quiet --max-body-size 1K $small <'$dir/in' >'$dir/out'"
+	[ "$status" -eq 1 ]
+	jq -se 'length == 3 and ([.[] | select(.error.message // "" | test("longer than"))] | length == 2)
+		and ([.[] | select(.custom_id == "good")][0].response.status_code == 200)' "$dir/out"
+}
+
 @test "a batch from a slow pipe is answered as it comes, and Ctrl-C leaves what is done" {
 	mkfifo "$dir/pipe"
 	"$serve" --model-path "$model" --batch --quiet $small <"$dir/pipe" >"$dir/out" 2>"$dir/err" 3>&- &

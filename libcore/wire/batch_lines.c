@@ -326,7 +326,7 @@ static int take_input(struct batch *b, size_t len, km_err *err)
 
 static bool has_input(const struct batch *b)
 {
-	return !b->ended || b->input.len;
+	return !b->ended || b->input.len || b->too_long;
 }
 
 /* One turn: takes a line if there is one and room for it, else waits for a job or for input. */
@@ -343,7 +343,7 @@ static int turn(struct batch *b, km_err *err)
 		}
 		if (!len && !b->ended)
 			KM_TRY(read_some(b, b->running ? 1 : 50, err));
-		if (len)
+		if (len || (b->ended && b->too_long))
 			return take_input(b, len, err);
 	} else {
 		wait_a_little(b);
