@@ -320,10 +320,11 @@ cudaError_t kk_align(const kk_align_args *a, cudaStream_t stream)
 
 /*
  * Gate and alignment: blocks of WARPS warps, a row each, in one cluster. They leave their ids in the first
- * block's shared memory, which aligns; where there is but one block, nobody waits for a cluster.
+ * block's shared memory, which aligns; where there is but one block, nobody waits for a cluster. Where
+ * launches overlap, once through is a rehearsal (gate.cuh).
  */
 template <int PER_LANE, bool SOFTMAX, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS) gate_align(kk_gate_args g, kk_align_args a)
+__global__ void __launch_bounds__(32 * WARPS, SOFTMAX && WARPS == 16 ? 1 : 32 / WARPS) gate_align(kk_gate_args g, kk_align_args a)
 {
 	constexpr int E = 32 * PER_LANE, PLACES = KK_FUSED_TOKENS * KK_FAST_TOP_K, THREADS = 32 * WARPS;
 	extern __shared__ float4 smem[];
@@ -332,43 +333,60 @@ __global__ void __launch_bounds__(32 * WARPS) gate_align(kk_gate_args g, kk_alig
 	float *bias_s = (float *)smem, *xs = bias_s + E * (1 + warp);
 	gate_scratch *s = (gate_scratch *)(bias_s + E * (1 + WARPS)) + warp;
 	align_scratch as = align_carve((gate_scratch *)(bias_s + E * (1 + WARPS)) + WARPS, a);
-	int32_t *to = ids;
-	float bias[PER_LANE], x[PER_LANE];
+	int live = !g.pdl;
 
 	ptx_release_successor();
-	for (int i = threadIdx.x; i < PLACES; i += THREADS)
-		ids[i] = -1;
-	if (gridDim.x > 1)
-		ptx_cluster_arrive();
-	gate_load<PER_LANE>(bias, g.bias, lane);
-	if (warp == 0)
+	if (warp == 0) {
+		float bias[PER_LANE];
+
+		gate_load<PER_LANE>(bias, g.bias, lane);
 		gate_keep<PER_LANE>(bias_s, bias, lane);
-	if (blockIdx.x == 0)
-		align_prepare<THREADS>(a, as);
-	ptx_wait_predecessor();
-	if (row < g.tokens)
-		gate_load<PER_LANE>(x, g.logits + (size_t)row * E, lane);
-	__syncthreads(); /* bias_s is written, the scratch is prepared */
-	if (gridDim.x > 1) {
-		ptx_cluster_wait(); /* the first block's ids are clear */
-		to = ptx_cluster_pointer(ids, 0);
 	}
-	if (row < g.tokens) {
-		if (g.valid_tokens && row >= __ldcg(g.valid_tokens))
-			gate_store_padding(g, row, lane, to + row * g.top_k);
-		else
-			gate_row_onepass<PER_LANE, SOFTMAX>(g, row, lane, x, bias, xs, bias_s, s,
-			                                    to + row * g.top_k);
-	}
-	if (gridDim.x > 1) {
-		ptx_cluster_arrive();
-		if (blockIdx.x > 0)
+#pragma unroll 1
+	for (;;) {
+		float bias[PER_LANE], x[PER_LANE];
+		int32_t *to = ids;
+
+		for (int i = threadIdx.x; i < PLACES; i += THREADS)
+			ids[i] = -1;
+		if (blockIdx.x == 0)
+			align_prepare<THREADS>(a, as);
+		gate_rehearsal_row<PER_LANE>(x, lane);
+		if (live) {
+			if (gridDim.x > 1)
+				ptx_cluster_arrive();
+			ptx_wait_predecessor();
+			if (row < g.tokens)
+				gate_load<PER_LANE>(x, g.logits + (size_t)row * E, lane);
+		}
+		__syncthreads(); /* bias_s is written, the scratch is prepared */
+		gate_recall<PER_LANE>(bias, bias_s, lane);
+		if (live && gridDim.x > 1) {
+			ptx_cluster_wait(); /* the first block's ids are clear */
+			to = ptx_cluster_pointer(ids, 0);
+		}
+		if (row < g.tokens) {
+			if (live && g.valid_tokens && row >= __ldcg(g.valid_tokens))
+				gate_store_padding(g, row, lane, to + row * g.top_k);
+			else
+				gate_row_onepass<PER_LANE, SOFTMAX>(g, row, lane, x, bias, xs, bias_s, s,
+				                                    to + row * g.top_k, live);
+		}
+		if (live && gridDim.x > 1) {
+			ptx_cluster_arrive();
+			if (blockIdx.x > 0)
+				return;
+			ptx_cluster_wait(); /* all ids are here */
+		} else {
+			__syncthreads(); /* this block's ids are here */
+		}
+		if (blockIdx.x == 0)
+			align_block_sort<THREADS, WARPS == 16 ? 1 : 2>(a, ids, as, live);
+		if (live)
 			return;
-		ptx_cluster_wait(); /* all ids are here */
-	} else if (WARPS > 1) {
-		__syncthreads(); /* all ids are here */
+		live = gate_go_live();
+		__syncthreads(); /* the scratch may be prepared anew */
 	}
-	align_block_sort<THREADS, WARPS == 16 ? 1 : 2>(a, ids, as);
 }
 
 template <int PER_LANE, bool SOFTMAX, int WARPS>
@@ -390,10 +408,6 @@ static cudaError_t choose_gate_align(const kk_gate_args *g, const kk_align_args 
                                      cudaStream_t stream)
 {
 	switch (warps) {
-	case 1:
-		return launch_gate_align<PER_LANE, SOFTMAX, 1>(g, a, stream);
-	case 4:
-		return launch_gate_align<PER_LANE, SOFTMAX, 4>(g, a, stream);
 	case 8:
 		return launch_gate_align<PER_LANE, SOFTMAX, 8>(g, a, stream);
 	case 16:
@@ -405,9 +419,7 @@ static cudaError_t choose_gate_align(const kk_gate_args *g, const kk_align_args 
 cudaError_t kk_gate_align(const kk_gate_args *g, const kk_align_args *a, int warps, cudaStream_t stream)
 {
 	if (!fits(a) || g->tokens != a->tokens || g->tokens > KK_FUSED_TOKENS || g->tokens > 8 * warps ||
-	    g->groups > 1 || g->top_k > KK_FAST_TOP_K || g->top_k != a->top_k ||
-	    (warps == 1 && g->tokens * g->top_k > ALIGN_WARP) ||
-	    (warps == 4 && g->tokens * g->top_k > 256))
+	    g->groups > 1 || g->top_k > KK_FAST_TOP_K || g->top_k != a->top_k)
 		return cudaErrorInvalidValue;
 	switch (g->experts) {
 	case 256:

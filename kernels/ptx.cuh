@@ -1,5 +1,5 @@
 /*
- * Every instruction of PTX in the tree, one wrapper each (the warpgroups' are in wgmma.cuh). Where an
+ * Every instruction of PTX in the tree, one wrapper each (more in wgmma.cuh, inbox.cuh). Where an
  * architecture lacks one, the wrapper compiles to nothing or to a trap, and says so: the plans choose by
  * compute capability.
  */
@@ -110,13 +110,6 @@ __device__ __forceinline__ uint32_t ptx_cluster_address(const void *p, uint32_t 
 	return a;
 }
 
-__device__ __forceinline__ void ptx_cluster_store(uint32_t address, float v)
-{
-#if __CUDA_ARCH__ >= 900
-	asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
-#endif
-}
-
 /* One arrival at a counter; what this thread has seen written is visible to whoever arrives later. */
 __device__ __forceinline__ int ptx_arrive_acq_rel(int32_t *counter)
 {
@@ -144,15 +137,6 @@ template <int N>
 __device__ __forceinline__ void ptx_copy_wait()
 {
 	asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void ptx_cluster_store4(uint32_t address, float4 v)
-{
-#if __CUDA_ARCH__ >= 900
-	asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y),
-	             "f"(v.z), "f"(v.w)
-	             : "memory");
-#endif
 }
 
 /* What this thread wrote to shared memory, and what it waited for with ptx_copy_wait, is visible to the

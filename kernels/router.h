@@ -83,8 +83,8 @@ cudaError_t kk_gate_general(const kk_gate_args *args, cudaStream_t stream);
 cudaError_t kk_align(const kk_align_args *args, cudaStream_t stream);
 
 /* Gate and alignment of up to KK_FUSED_TOKENS rows in one launch; gate's conditions are kk_gate_onepass's,
- * top_k up to KK_FAST_TOP_K. `warps` rows to a block, 1 (up to 32 places), 4 (256), 8 or 16; up to eight
- * blocks, and where there is more than one, compute capability 9.0. */
+ * top_k up to KK_FAST_TOP_K. `warps` rows to a block, 8 or 16; where that makes more than one
+ * block, compute capability 9.0. */
 cudaError_t kk_gate_align(const kk_gate_args *gate, const kk_align_args *align, int warps,
                           cudaStream_t stream);
 

@@ -26,6 +26,7 @@
 
 #include "align.cuh"
 #include "gate.cuh"
+#include "inbox.cuh"
 
 /*
  * Resident form. RANKS blocks share 8 NT experts; they, and the GEMM_WARPS warps of each, split the
@@ -150,49 +151,69 @@ __device__ __forceinline__ void multiply_tiles(const kk_router_args &r, const ui
 	multiply<NT, false>(x, w, parts[t * GEMM_WARPS + p.warp], p.lane, from);
 }
 
-/* The block's sum for (token, e) of a pass. */
+/* The block's sums for a token of a pass and experts e to e + 3. */
 template <int NT>
-__device__ __forceinline__ float sum_warps(const tile_part<NT> *parts, int token, int e)
+__device__ __forceinline__ float4 sum_warps(const tile_part<NT> *parts, int token, int e)
 {
-	float sum = 0.0f;
+	float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 
 #pragma unroll
-	for (int w = 0; w < GEMM_WARPS; w++)
-		sum += parts[token / TILE * GEMM_WARPS + w][token % TILE][e];
+	for (int w = 0; w < GEMM_WARPS; w++) {
+		float4 v = *(const float4 *)&parts[token / TILE * GEMM_WARPS + w][token % TILE][e];
+
+		sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+	}
 	return sum;
 }
 
 template <int NT>
-struct own_sums {
+struct __align__(16) own_sums {
 	float from[RANKS][OWN][8 * NT]; /* of this block's tokens, from each block of the cluster */
+	uint64_t inbox;
 };
 
-/* A cluster's pass over up to PASS tokens: leaves this block's OWN tokens' logits in global memory. The
- * block has arrived at the cluster's barrier once before. */
+/* Tokens of the pass from `first` on that this block finishes. */
+__device__ __forceinline__ int own_tokens(const kk_router_args &r, int first, int rank)
+{
+	return min(max(r.tokens - first - rank * OWN, 0), (int)OWN);
+}
+
+/* Arrives at the cluster's barrier; ready to receive. */
+template <int NT>
+__device__ __forceinline__ void cluster_begin(const kk_router_args &r, own_sums<NT> *own, int first, place p)
+{
+	if (threadIdx.x == 0)
+		inbox_open(&own->inbox, RANKS * own_tokens(r, first, p.rank) * 8 * NT * 4);
+	__syncwarp();
+	ptx_cluster_arrive();
+}
+
+/* A cluster's pass over up to PASS tokens, after cluster_begin: leaves this block's own tokens' logits in
+ * global memory. */
 template <int NT>
 __device__ __forceinline__ void cluster_pass(const kk_router_args &r, own_sums<NT> *own,
                                              tile_part<NT> *parts, const uint4 (&w)[NT][STEPS],
                                              int first, place p)
 {
-	int tokens = min(r.tokens - first, (int)PASS);
+	int tokens = min(r.tokens - first, (int)PASS), mine = own_tokens(r, first, p.rank);
 
 	if (p.warp < GEMM_WARPS)
 		multiply_tiles<NT>(r, w, parts, first, tokens, p);
 	__syncthreads(); /* the parts are written */
 	ptx_cluster_wait(); /* every block of the cluster runs: its memory may be written */
-	for (int i = threadIdx.x; i < tokens * 8 * NT; i += BLOCK_THREADS) {
-		int token = i / (8 * NT), e = i % (8 * NT);
+	for (int i = threadIdx.x; i < tokens * 2 * NT; i += BLOCK_THREADS) {
+		int token = i / (2 * NT), e = i % (2 * NT) * 4, owner = token / OWN;
 
-		ptx_cluster_store(ptx_cluster_address(&own->from[p.rank][token % OWN][e], token / OWN),
-		                  sum_warps<NT>(parts, token, e));
+		inbox_send(ptx_cluster_address(&own->from[p.rank][token % OWN][e], owner),
+		           ptx_cluster_address(&own->inbox, owner), sum_warps<NT>(parts, token, e));
 	}
-	ptx_cluster_arrive();
-	ptx_cluster_wait(); /* all sums have arrived */
-	for (int i = threadIdx.x; i < OWN * 8 * NT; i += BLOCK_THREADS) {
+	if (mine > 0)
+		inbox_wait(&own->inbox);
+	for (int i = threadIdx.x; i < mine * 8 * NT; i += BLOCK_THREADS) {
 		int token = first + p.rank * OWN + i / (8 * NT), e = p.group * 8 * NT + i % (8 * NT);
 		float sum = 0.0f;
 
-		if (token >= r.tokens || e >= r.experts)
+		if (e >= r.experts)
 			continue;
 #pragma unroll
 		for (int k = 0; k < RANKS; k++)
@@ -219,7 +240,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, NT < 4 ? 2 : 1) router_resident
 	uint4 w[NT][STEPS];
 
 	ptx_release_successor();
-	ptx_cluster_arrive();
+	cluster_begin<NT>(r, &own, blockIdx.y * PASS, p);
 	if (p.warp < GEMM_WARPS)
 		load_weights<NT>(w, r, p);
 	ptx_wait_predecessor();
@@ -259,12 +280,7 @@ __device__ __forceinline__ void fused_gate(const kk_gate_args &g, fused_smem<NT>
 	float bias[4 * NT];
 	int32_t *ids = s->ids + row * g.top_k;
 
-#pragma unroll
-	for (int j = 0; j < NT; j++) {
-		float4 b = *(const float4 *)(s->bias + 128 * j + 4 * lane);
-
-		bias[4 * j] = b.x, bias[4 * j + 1] = b.y, bias[4 * j + 2] = b.z, bias[4 * j + 3] = b.w;
-	}
+	gate_recall<4 * NT>(bias, s->bias, lane);
 	if (g.valid_tokens && row >= __ldcg(g.valid_tokens))
 		gate_store_padding(g, row, lane, ids);
 	else
@@ -301,10 +317,10 @@ router_fused_few(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *syn
 			multiply_tiles<NT>(r, w, parts, 0, OWN, p);
 	}
 	__syncthreads(); /* the parts are written */
-	for (int i = threadIdx.x; i < r.tokens * 8 * NT; i += BLOCK_THREADS) {
-		int token = i / (8 * NT), e = i % (8 * NT);
+	for (int i = threadIdx.x; i < r.tokens * 2 * NT; i += BLOCK_THREADS) {
+		int token = i / (2 * NT), e = i % (2 * NT) * 4;
 
-		partial[((size_t)token * RANKS + p.rank) * E + p.group * 8 * NT + e] =
+		*(float4 *)&partial[((size_t)token * RANKS + p.rank) * E + p.group * 8 * NT + e] =
 			sum_warps<NT>(parts, token, e);
 	}
 	__syncthreads(); /* this block's partial sums are written */
@@ -375,7 +391,7 @@ router_fused(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *sync)
 		uint4 w[NT][STEPS];
 
 		ptx_release_successor();
-		ptx_cluster_arrive();
+		cluster_begin<NT>(r, &own, 0, p);
 		if (p.warp < GEMM_WARPS)
 			load_weights<NT>(w, r, p);
 		if (p.rank < owners)

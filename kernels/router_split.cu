@@ -14,6 +14,7 @@
  *   of columns. It does not depend on the number of tokens. Weights are read before the previous launch
  *   has ended: nothing in the stream may be writing them.
  */
+#include "inbox.cuh"
 #include "ptx.cuh"
 #include "router.h"
 #include "wgmma.cuh"
@@ -41,7 +42,8 @@ struct split_form {
 		SUMS = SPLIT * OWN * BE * 4, /* received: [from][own token][expert] */
 		/* Where there is no room for both, the sums take the operands' place, for one more barrier. */
 		SHARED = OPERANDS + SUMS > 227 * 1024,
-		SMEM = SHARED ? (int)OPERANDS : OPERANDS + SUMS,
+		INBOX = SHARED ? (int)OPERANDS : OPERANDS + SUMS,
+		SMEM = INBOX + 16,
 		TILE = TOKENS * (BE + 8) * 4, /* this block's sums, in the operands' place */
 		BLOCKS = SMEM <= 113 * 1024 ? 2 : 1, /* on a multiprocessor */
 	};
@@ -112,14 +114,15 @@ __device__ __forceinline__ void keep_sums(const float (&d)[BE / 2], float *tile)
 /* Sends the tile's rows to the blocks that own their tokens, in pieces of 16 bytes, neighbours together:
  * straight from the products' registers, in pieces of 8, it took 2.4 us more at 64 tokens (TRIED 11). */
 template <int OWN, int BE, int THREADS>
-__device__ __forceinline__ void send_sums(const float *tile, float *sums, int tokens, int own, int rank)
+__device__ __forceinline__ void send_sums(const float *tile, float *sums, uint64_t *inbox, int tokens, int own,
+                                          int rank)
 {
 	for (int i = threadIdx.x; i < tokens * (BE / 4); i += THREADS) {
 		int token = i / (BE / 4), column = i % (BE / 4) * 4, owner = token / own;
 		float *to = sums + ((size_t)rank * OWN + token % own) * BE + column;
 
-		ptx_cluster_store4(ptx_cluster_address(to, owner),
-		                   *(const float4 *)(tile + token * (BE + 8) + column));
+		inbox_send(ptx_cluster_address(to, owner), ptx_cluster_address(inbox, owner),
+		           *(const float4 *)(tile + token * (BE + 8) + column));
 	}
 }
 
@@ -133,9 +136,14 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 	uint32_t w = (uint32_t)__cvta_generic_to_shared(split_smem), x = w + form::PANELS * form::W_PANEL;
 	float *sums = (float *)(split_smem + (form::SHARED ? 0 : (int)form::OPERANDS));
 	float *tile = (float *)(split_smem + (form::SHARED ? (int)form::SUMS : 0));
+	uint64_t *inbox = (uint64_t *)(split_smem + form::INBOX);
+	int mine = min(max(tokens - rank * own, 0), own); /* tokens that this block finishes */
 	float d[BE / 2] = {};
 
 	ptx_release_successor();
+	if (threadIdx.x == 0)
+		inbox_open(inbox, SPLIT * mine * BE * 4);
+	__syncwarp();
 	ptx_cluster_arrive();
 	copy_rows<form::PANELS, BE, form::THREADS, false>(w, r.w, e0, r.experts, rank);
 	ptx_wait_predecessor();
@@ -151,14 +159,14 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 	}
 	keep_sums<BE>(d, tile);
 	__syncthreads(); /* the tile is written */
-	send_sums<form::OWN, BE, form::THREADS>(tile, sums, tokens, own, rank);
-	ptx_cluster_arrive();
-	ptx_cluster_wait(); /* all sums have arrived */
-	for (int i = threadIdx.x; i < own * (BE / 2); i += form::THREADS) {
+	send_sums<form::OWN, BE, form::THREADS>(tile, sums, inbox, tokens, own, rank);
+	if (mine > 0)
+		inbox_wait(inbox);
+	for (int i = threadIdx.x; i < mine * (BE / 2); i += form::THREADS) {
 		int token = i / (BE / 2), e = i % (BE / 2) * 2, at = first + rank * own + token;
 		float2 sum = make_float2(0.0f, 0.0f);
 
-		if (at >= first + tokens || e0 + e >= r.experts)
+		if (e0 + e >= r.experts)
 			continue;
 #pragma unroll
 		for (int k = 0; k < SPLIT; k++) {

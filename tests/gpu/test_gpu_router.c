@@ -350,8 +350,7 @@ static void test_gate_align(void **state)
 			s.block = v == 1 ? 64 : v == 2 ? 48 : 8;
 			form.warps = 0;
 			sweep_gate(&form, s, short_run ? 1 : tokens[i] == 64 ? 8 : 1);
-			form.warps = tokens[i] <= 4 && v == 2 ? 1 : tokens[i] <= 9 && v == 1 ? 4
-			             : tokens[i] <= 33 && v == 3 ? 8 : 16;
+			form.warps = v == 3 ? 8 : 16;
 			sweep_gate(&form, s, 1);
 		}
 }
