@@ -27,7 +27,7 @@ int kk_align_capacity(int tokens, int top_k, int experts, int block)
 
 enum {
 	SMALL_SMEM = 96 * 1024, /* of one block, on any supported GPU */
-	SMALL_PLACES = 4096,
+	SMALL_PLACES = 3072,
 	CHUNK_THREADS = 256,
 	CHUNK_WARPS = CHUNK_THREADS / 32,
 	CHUNK_PLACES = 1024,
@@ -315,7 +315,7 @@ cudaError_t kk_align(const kk_align_args *a, cudaStream_t stream)
 		return launch_small<256, 1>(a, stream);
 	if (places <= 512)
 		return launch_small<512, 1>(a, stream);
-	return places <= 1024 ? launch_small<512, 2>(a, stream) : launch_small<1024, 4>(a, stream);
+	return places <= 1024 ? launch_small<512, 2>(a, stream) : launch_small<1024, 3>(a, stream);
 }
 
 /*
