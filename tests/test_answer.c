@@ -398,6 +398,30 @@ static void reasoning_comes_apart_from_content(void **state)
 	joined_release(&j);
 }
 
+/* A section, or a call without one, ends the think block that is open. */
+static void reasoning_tokens_end_where_reasoning_does(void **state)
+{
+	static const char call[] = B "functions.f:0" A "{}" E;
+	static const char *const begins[] = { "", "</think>", S };
+	int64_t tokens[3];
+
+	for (int i = 0; i < 3; i++) {
+		char *output = km_xasprintf("hmm%s%s", begins[i], call);
+		struct run run = { .f = *state, .output = output, .in_reasoning = true,
+			           .finish = KM_FINISH_STOP };
+		struct joined j;
+
+		json_decref(both_ways(run, tools, &j));
+		assert_string_equal(text(&j.reasoning), "hmm");
+		assert_int_equal(j.calls, 1);
+		tokens[i] = j.reasoning_tokens;
+		joined_release(&j);
+		free(output);
+	}
+	assert_int_equal(tokens[0], tokens[2]);
+	assert_int_equal(tokens[1], tokens[0] + 1); /* </think> is a token of reasoning */
+}
+
 /* stream_reasoning false: one reasoning chunk, before the first of content. */
 static void reasoning_can_come_in_one_piece(void **state)
 {
@@ -718,6 +742,7 @@ int main(void)
 		cmocka_unit_test(content_streams_in_whole_characters),
 		cmocka_unit_test(half_a_character_at_the_end_is_replaced),
 		cmocka_unit_test(reasoning_comes_apart_from_content),
+		cmocka_unit_test(reasoning_tokens_end_where_reasoning_does),
 		cmocka_unit_test(reasoning_can_come_in_one_piece),
 		cmocka_unit_test(tool_calls_carry_ids_and_arguments),
 		cmocka_unit_test(ids_go_on_from_the_history),
