@@ -173,4 +173,180 @@ __device__ __forceinline__ int32_t *ptx_cluster_pointer(int32_t *p, uint32_t ran
 	return p;
 }
 
+/*
+ * What follows is sm_90a's own (Hopper), or sm_90's; elsewhere a trap.
+ */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PTX_SM90A 1
+#else
+#define PTX_SM90A 0
+#endif
+
+/* 16 bytes of global memory to shared memory, or as many zeros; not kept in L1. Not waited for. */
+__device__ __forceinline__ void ptx_copy_async(uint32_t to, const void *from, bool valid)
+{
+	asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+	             "r"(valid ? 16 : 0)
+	             : "memory");
+}
+
+/* All of this thread's copies have arrived. */
+__device__ __forceinline__ void ptx_copy_wait_all()
+{
+	asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/* Barriers in shared memory that count arrivals; a wait names the phase's parity. */
+__device__ __forceinline__ void ptx_mbarrier_init(uint32_t barrier, int arrivals)
+{
+	asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void ptx_mbarrier_arrive(uint32_t barrier)
+{
+	asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(barrier)
+	             : "memory");
+}
+
+/* An arrival that happens when this thread's copies so far have arrived. */
+__device__ __forceinline__ void ptx_mbarrier_arrive_copied(uint32_t barrier)
+{
+	asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void ptx_mbarrier_wait(uint32_t barrier, uint32_t parity)
+{
+#if __CUDA_ARCH__ >= 900
+	uint32_t done = 0;
+
+	while (!done)
+		asm volatile("{\n.reg .pred p;\n"
+		             "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+		             "selp.u32 %0, 1, 0, p;\n}"
+		             : "=r"(done)
+		             : "r"(barrier), "r"(parity)
+		             : "memory");
+#else
+	__trap();
+#endif
+}
+
+/* Registers of each thread of this warpgroup, from here on. */
+template <int N>
+__device__ __forceinline__ void ptx_more_registers()
+{
+#if PTX_SM90A
+	asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+template <int N>
+__device__ __forceinline__ void ptx_fewer_registers()
+{
+#if PTX_SM90A
+	asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+/* Before a warpgroup's first wgmma, and after registers that one uses were written. */
+__device__ __forceinline__ void ptx_wgmma_fence()
+{
+#if PTX_SM90A
+	asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void ptx_wgmma_commit()
+{
+#if PTX_SM90A
+	asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+/* All of this warpgroup's groups but the last LEFT are done. */
+template <int LEFT>
+__device__ __forceinline__ void ptx_wgmma_wait()
+{
+#if PTX_SM90A
+	asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+/*
+ * A matrix in shared memory for wgmma: rows of 128 bytes whose 16-byte pieces lie at (piece ^ row % 8),
+ * eight rows 1,024 bytes, at a multiple of 1,024 bytes. `leading` is used where the products run down
+ * the rows: bytes from one block of 64 columns to the next. Sixteen columns further are 32 bytes on,
+ * sixteen rows 2,048.
+ */
+__device__ __forceinline__ uint64_t ptx_wgmma_matrix(uint32_t at, uint32_t leading)
+{
+	return (uint64_t)(at >> 4 & 0x3fff) | (uint64_t)(leading >> 4) << 16 |
+	       (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+}
+
+#define PTX_EIGHT(d, i)                                                                            \
+	"+f"((d)[i]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3]), "+f"((d)[(i) + 4]), \
+		"+f"((d)[(i) + 5]), "+f"((d)[(i) + 6]), "+f"((d)[(i) + 7])
+
+/*
+ * d[64, n] (+)= a[64, 16] b[16, n], bf16 into f32, by a warpgroup. Warp w has rows 16 w .. 16 w + 15;
+ * lane 4g + t holds d (g, 8j + 2t), (g, 8j + 2t + 1), (g + 8, the same two) in d[4j .. 4j + 3], and a as
+ * ptx_mma_bf16's. In shared memory a is [64 rows, 16]; b is [n rows, 16], or for the "down" forms
+ * [16 rows, n].
+ */
+__device__ __forceinline__ void ptx_wgmma_64(float (&d)[32], uint64_t a, uint64_t b, bool add)
+{
+#if PTX_SM90A
+	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
+	             "%30, %31}"
+	             ", %32, %33, p, 1, 1, 0, 0;\n}"
+	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8), PTX_EIGHT(d, 16), PTX_EIGHT(d, 24)
+	             : "l"(a), "l"(b), "r"((int)add));
+#else
+	__trap();
+#endif
+}
+
+__device__ __forceinline__ void ptx_wgmma_128(float (&d)[64], uint64_t a, uint64_t b, bool add)
+{
+#if PTX_SM90A
+	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
+	             "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
+	             "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "
+	             "%58, %59, %60, %61, %62, %63}"
+	             ", %64, %65, p, 1, 1, 0, 0;\n}"
+	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8), PTX_EIGHT(d, 16), PTX_EIGHT(d, 24),
+	               PTX_EIGHT(d, 32), PTX_EIGHT(d, 40), PTX_EIGHT(d, 48), PTX_EIGHT(d, 56)
+	             : "l"(a), "l"(b), "r"((int)add));
+#else
+	__trap();
+#endif
+}
+
+__device__ __forceinline__ void ptx_wgmma_128_down(float (&d)[64], const uint32_t (&a)[4],
+                                                   uint64_t b, bool add)
+{
+#if PTX_SM90A
+	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
+	             "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
+	             "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "
+	             "%58, %59, %60, %61, %62, %63}"
+	             ", {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8), PTX_EIGHT(d, 16), PTX_EIGHT(d, 24),
+	               PTX_EIGHT(d, 32), PTX_EIGHT(d, 40), PTX_EIGHT(d, 48), PTX_EIGHT(d, 56)
+	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
+#else
+	__trap();
+#endif
+}
+
 #endif
