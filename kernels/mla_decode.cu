@@ -406,6 +406,8 @@ __global__ void __launch_bounds__(CONSUMERS + producers(FP8), 1) attend(kk_mla_d
 	load_queries<CONSUMERS + producers(FP8)>(a, r, aligned);
 	ptx_fence_async();
 	__syncthreads(); /* the queries are written, the barriers begun */
+	/* 168 a thread at the start, 128 with e4m3: what some give up is what the others get, or they wait
+	 * for ever */
 	if (group >= CONSUMERS / 128) {
 		ptx_fewer_registers<FP8 ? 64 : 40>();
 		if (FP8)

@@ -335,8 +335,9 @@ __global__ void __launch_bounds__(THREADS, 1) prefill(kk_mla_prefill_args a)
 	load_queries(a, w, raw + (smem - raw_at));
 	ptx_fence_async();
 	__syncthreads(); /* the queries are written, the barriers begun */
+	/* 168 a thread at the start: what 128 threads give up is what 256 get, or they wait for ever */
 	if (group == CONSUMERS / 128) {
-		ptx_fewer_registers<32>();
+		ptx_fewer_registers<24>();
 		produce(a, w, smem, thread - CONSUMERS);
 	} else {
 		ptx_more_registers<240>();
