@@ -11,12 +11,12 @@
 
 #define MLA_LOG2E 1.44269504088896341f
 
-/* `smem` above 48 KB has been allowed for the kernel before. */
+/* `smem` above 48 KB has been allowed for the kernel before; `cluster` blocks of a row share one. */
 template <typename Args>
 static cudaError_t mla_launch(void (*kernel)(Args), dim3 grid, int threads, size_t smem, bool pdl,
-                              cudaStream_t stream, const Args &args)
+                              cudaStream_t stream, const Args &args, int cluster = 1)
 {
-	cudaLaunchAttribute attribute = {};
+	cudaLaunchAttribute attribute[2] = {};
 	cudaLaunchConfig_t config = {};
 
 	if (!grid.x || !grid.y || !grid.z)
@@ -25,10 +25,15 @@ static cudaError_t mla_launch(void (*kernel)(Args), dim3 grid, int threads, size
 	config.blockDim = dim3(threads);
 	config.dynamicSmemBytes = smem;
 	config.stream = stream;
-	attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-	attribute.val.programmaticStreamSerializationAllowed = 1;
-	config.attrs = &attribute;
-	config.numAttrs = pdl;
+	if (cluster > 1) {
+		attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+		attribute[config.numAttrs++].val.clusterDim = {(unsigned)cluster, 1, 1};
+	}
+	if (pdl) {
+		attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+		attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+	}
+	config.attrs = attribute;
 	return cudaLaunchKernelEx(&config, kernel, args);
 }
 

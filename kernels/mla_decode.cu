@@ -24,8 +24,8 @@
  *
  * RULES
  *   Order: a run's tokens in tiles of 64 from its start; scores by wgmma over the columns in rising order;
- *   weights summed by lane, then across a row's four lanes; runs by even, then odd number, rising, then
- *   the two. A row depends on its length and the plan only. Tokens beyond the length are zeros in shared
+ *   weights summed by lane, then across a row's four lanes; runs by their number modulo eight, rising, and
+ *   the eight as a tree. A row depends on its length and the plan only. Tokens beyond the length are zeros in shared
  *   memory and weigh nothing. An e4m3 NaN reads as 480: what wrote it has spoilt that token's row too.
  */
 #include <math_constants.h>
@@ -45,7 +45,7 @@ enum {
 	COLUMN_BYTES = TILE * 128, /* 64 columns of a tile, and of the queries */
 	TILE_BYTES = COLUMN_BLOCKS * COLUMN_BYTES,
 	CONSUMERS = 256,
-	MAX_SPLITS = 256,
+	MAX_SPLITS = 160,
 };
 
 /* Threads that fetch; what they need holds 36 registers of e4m3 each, or addresses. */
@@ -104,27 +104,31 @@ __device__ __forceinline__ size_t run_index(const kk_mla_decode_args &a, const a
 	return ((size_t)r.seq * a.shape.heads + r.first_head + head) * a.splits + r.split;
 }
 
-/* Queries of the block's heads, zeros below them. */
-template <int THREADS>
+/* Queries of the block's heads, zeros below them; by the threads that will use them. */
 __device__ __forceinline__ void load_queries(const kk_mla_decode_args &a, const attend_run &r, char *smem)
 {
 	const uint4 *from = (const uint4 *)a.query +
 	                    ((size_t)r.seq * a.shape.heads + r.first_head) * (WIDTH / 8);
-	constexpr int EACH = HEADS * (WIDTH / 8) / THREADS;
-	uint4 v[EACH];
+	constexpr int EACH = HEADS * (WIDTH / 8) / CONSUMERS, HALF = EACH / 2;
 
-	static_assert(EACH * THREADS == HEADS * (WIDTH / 8), "every piece has its thread");
+	static_assert(2 * HALF * CONSUMERS == HEADS * (WIDTH / 8), "every piece has its thread");
 #pragma unroll
-	for (int i = 0; i < EACH; i++) {
-		int piece = i * THREADS + (int)threadIdx.x;
+	for (int half = 0; half < 2; half++) {
+		uint4 v[HALF];
 
-		v[i] = piece / (WIDTH / 8) < r.heads ? from[piece] : make_uint4(0, 0, 0, 0);
-	}
 #pragma unroll
-	for (int i = 0; i < EACH; i++) {
-		int piece = i * THREADS + (int)threadIdx.x;
+		for (int i = 0; i < HALF; i++) {
+			int piece = (half * HALF + i) * CONSUMERS + (int)threadIdx.x;
 
-		*(uint4 *)(smem + AT_QUERY + tile_at(piece / (WIDTH / 8), piece % (WIDTH / 8))) = v[i];
+			v[i] = piece / (WIDTH / 8) < r.heads ? from[piece] : make_uint4(0, 0, 0, 0);
+		}
+#pragma unroll
+		for (int i = 0; i < HALF; i++) {
+			int piece = (half * HALF + i) * CONSUMERS + (int)threadIdx.x;
+
+			*(uint4 *)(smem + AT_QUERY + tile_at(piece / (WIDTH / 8), piece % (WIDTH / 8))) =
+				v[i];
+		}
 	}
 }
 
@@ -223,7 +227,8 @@ __device__ __forceinline__ uint4 widen8(uint32_t lo, uint32_t hi)
 __device__ __forceinline__ void produce_fp8(const kk_mla_decode_args &a, const attend_run &r, char *smem,
                                             uint32_t address, int thread)
 {
-	int row = thread / 4;
+	/* a piece's two halves in the first 64 columns; the others' are COLUMN_BYTES further each */
+	int even = tile_at(thread / 4, thread % 4 * 2), odd = tile_at(thread / 4, thread % 4 * 2 + 1) - even;
 	fetch_fp8 f;
 
 	f.from = find_row_fp8(a, r, r.from, thread);
@@ -232,17 +237,16 @@ __device__ __forceinline__ void produce_fp8(const kk_mla_decode_args &a, const a
 		fetch_piece(f, k);
 	for (int tile = r.from, n = 0; tile < r.to; tile++, n++) {
 		int stage = n % STAGES;
-		char *to = smem + AT_TILES + stage * TILE_BYTES;
+		char *to = smem + AT_TILES + stage * TILE_BYTES + even;
 
 		f.from = find_row_fp8(a, r, tile + 1, thread);
 		ptx_mbarrier_wait(address + AT_EMPTY + 8 * stage, (n / STAGES & 1) ^ 1);
 #pragma unroll
 		for (int k = 0; k < FP8_PIECES; k++) {
-			int piece = 2 * (thread % 4 + 4 * k);
 			uint4 v = f.v[k];
 
-			*(uint4 *)(to + tile_at(row, piece)) = widen8(v.x, v.y);
-			*(uint4 *)(to + tile_at(row, piece + 1)) = widen8(v.z, v.w);
+			*(uint4 *)(to + k * COLUMN_BYTES) = widen8(v.x, v.y);
+			*(uint4 *)(to + k * COLUMN_BYTES + odd) = widen8(v.z, v.w);
 			fetch_piece(f, k);
 		}
 		ptx_fence_async();
@@ -395,6 +399,7 @@ __global__ void __launch_bounds__(CONSUMERS + producers(FP8), 1) attend(kk_mla_d
 		ptx_mbarrier_init(smem + AT_FULL + 8 * thread, producers(FP8));
 		ptx_mbarrier_init(smem + AT_EMPTY + 8 * thread, CONSUMERS / 32);
 	}
+	__syncthreads(); /* the barriers are begun */
 	ptx_wait_predecessor();
 	attend_run r = find_run(a);
 	if (r.from >= r.to) {
@@ -403,9 +408,6 @@ __global__ void __launch_bounds__(CONSUMERS + producers(FP8), 1) attend(kk_mla_d
 				make_float2(-CUDART_INF_F, 0.0f);
 		return;
 	}
-	load_queries<CONSUMERS + producers(FP8)>(a, r, aligned);
-	ptx_fence_async();
-	__syncthreads(); /* the queries are written, the barriers begun */
 	/* 168 a thread at the start, 128 with e4m3: what some give up is what the others get, or they wait
 	 * for ever */
 	if (group >= CONSUMERS / 128) {
@@ -416,6 +418,9 @@ __global__ void __launch_bounds__(CONSUMERS + producers(FP8), 1) attend(kk_mla_d
 			produce_bf16(a, r, smem, thread - CONSUMERS);
 	} else {
 		ptx_more_registers<FP8 ? 192 : 232>();
+		load_queries(a, r, aligned);
+		ptx_fence_async();
+		ptx_barrier_some(1, CONSUMERS); /* the queries are written */
 		consume(a, r, smem, group, thread % 128);
 	}
 }
@@ -524,16 +529,28 @@ __device__ __forceinline__ void absorb_tokens(const absorb_weights &w, const kk_
 	}
 }
 
-/* The head's last 64 values of 16 tokens: a lane has one pair of each. */
+/* The head's last 64 values of 16 tokens: a lane has one pair of each. All loads before all stores. */
 __device__ __forceinline__ void rotate_tokens(const kk_mla_decode_args &a, int first, int head, int lane)
 {
-	for (int row = first; row < min(first + 16, a.seqs); row++) {
-		size_t at = (size_t)row * a.shape.heads + head;
-		const float *turn = a.cos_sin + (size_t)a.positions[row] * ROPE + lane;
-		uint32_t pair = ((const uint32_t *)a.q)[(at * (NOPE + ROPE) + NOPE) / 2 + lane];
+	int position = a.positions[min(first + lane % 16, a.seqs - 1)];
+	uint32_t pair[16];
+	float2 turn[16];
 
-		((uint32_t *)a.query)[(at * WIDTH + LATENT) / 2 + lane] =
-			mla_rotate(pair, turn[0], turn[ROPE / 2]);
+#pragma unroll
+	for (int i = 0; i < 16; i++) {
+		size_t at = (size_t)min(first + i, a.seqs - 1) * a.shape.heads + head;
+		const float *from = a.cos_sin + (size_t)__shfl_sync(0xffffffffu, position, i) * ROPE + lane;
+
+		pair[i] = ((const uint32_t *)a.q)[(at * (NOPE + ROPE) + NOPE) / 2 + lane];
+		turn[i] = make_float2(from[0], from[ROPE / 2]);
+	}
+#pragma unroll
+	for (int i = 0; i < 16; i++) {
+		size_t at = (size_t)(first + i) * a.shape.heads + head;
+
+		if (first + i < a.seqs)
+			((uint32_t *)a.query)[(at * WIDTH + LATENT) / 2 + lane] =
+				mla_rotate(pair[i], turn[i].x, turn[i].y);
 	}
 }
 
@@ -570,17 +587,26 @@ extern "C" cudaError_t kk_mla_absorb(const kk_mla_decode_args *a, cudaStream_t s
 
 /*
  * combine: out[t, h, v] = sum_c W_vc[h, v, c] latent[t, h, c], where latent is put together from the runs.
- * A block has 16 tokens of one head and 128 / V_BLOCKS of its values; eight warps share these by 16, and
- * the columns between those that have the same ones. A lane's 16 bytes of a row are eight columns, for
- * two k-steps, as in router_gemm.cu; the latents in shared memory are read in the same order.
+ * A cluster of V_BLOCKS blocks has 16 tokens of one head; each block puts together its share of the
+ * columns, writes them to all, and multiplies them with its share of the values' rows. Eight warps
+ * divide those by 16, and the columns between those that have the same ones. A lane's 16 bytes of a row
+ * are eight columns, for two k-steps, as in router_gemm.cu; the latents are read in the same order.
  */
-enum { COMBINE_THREADS = 256, COMBINE_WARPS = 8, COMBINE_TOKENS = 16, LATENT_PITCH = LATENT + 32 };
+enum {
+	COMBINE_THREADS = 256,
+	COMBINE_WARPS = 8,
+	COMBINE_TOKENS = 16,
+	LATENT_PITCH = LATENT + 32,
+	WAYS = 8, /* sums of a column: of runs 0, 8, ..., of runs 1, 9, ... */
+};
 
 struct combine_smem {
 	__nv_bfloat16 latent[COMBINE_TOKENS][LATENT_PITCH]; /* the padding spreads rows over the banks */
-	float4 odd[LATENT / 4];                             /* one token's odd runs */
 	float weight[COMBINE_TOKENS][MAX_SPLITS];
-	float part[COMBINE_WARPS][COMBINE_TOKENS][16];
+	union {
+		float4 way[WAYS][LATENT / 4];                       /* of the only token */
+		float part[COMBINE_WARPS][COMBINE_TOKENS][16];
+	};
 	int runs[COMBINE_TOKENS];
 };
 
@@ -610,61 +636,113 @@ __device__ __forceinline__ void weigh_runs(combine_smem *m, const kk_mla_decode_
 		m->weight[token][i] /= total;
 }
 
-/* Runs first, first + 2, ... of four columns. */
-__device__ __forceinline__ float4 sum_runs(const float *weight, const float *partial, int first, int runs)
+__device__ __forceinline__ void add_run(float4 &sum, float weight, float4 v)
 {
-	float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-
-#pragma unroll 8
-	for (int i = first; i < runs; i += 2) {
-		float4 v = *(const float4 *)(partial + (size_t)i * LATENT);
-
-		sum.x += weight[i] * v.x;
-		sum.y += weight[i] * v.y;
-		sum.z += weight[i] * v.z;
-		sum.w += weight[i] * v.w;
-	}
-	return sum;
+	sum.x += weight * v.x;
+	sum.y += weight * v.y;
+	sum.z += weight * v.z;
+	sum.w += weight * v.w;
 }
 
-__device__ __forceinline__ void store_latent(combine_smem *m, int token, int column, float4 even, float4 odd)
+__device__ __forceinline__ float4 add4(float4 a, float4 b)
 {
-	*(uint2 *)&m->latent[token][column] =
-		make_uint2(mla_pack(even.x + odd.x, even.y + odd.y), mla_pack(even.z + odd.z, even.w + odd.w));
+	return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-__device__ __forceinline__ const float *partial_of(const kk_mla_decode_args &a, int seq, int head,
-                                                   int column)
+/* WAYS / STRIDE of a token's sums of four columns, ways first, first + STRIDE, ...; DEEP times as many
+ * loads are on their way together. A run that there is not is no load, and adds zero times zero. */
+template <int STRIDE, int DEEP>
+__device__ __forceinline__ void sum_ways(float4 (&sum)[WAYS / STRIDE], const float *weight,
+                                         const float *partial, int first, int runs)
 {
-	return a.partial + ((size_t)seq * a.shape.heads + head) * a.splits * LATENT + column;
-}
-
-/* One token of the block's: half of the threads take the odd runs. Several: a thread takes both. */
-__device__ __forceinline__ void put_together(combine_smem *m, const kk_mla_decode_args &a, int first,
-                                             int head)
-{
-	int column = (int)threadIdx.x % 128 * 4, half = (int)threadIdx.x / 128;
+	constexpr int N = WAYS / STRIDE;
 	float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 
-	if (first + 1 == a.seqs) {
-		float4 sum = sum_runs(m->weight[0], partial_of(a, first, head, column), half, m->runs[0]);
+#pragma unroll
+	for (int k = 0; k < N; k++)
+		sum[k] = zero;
+#pragma unroll 1
+	for (int from = first; from < runs; from += WAYS * DEEP) {
+		float4 v[DEEP][N];
 
-		if (half)
-			m->odd[column / 4] = sum;
-		__syncthreads(); /* the odd runs are there */
-		if (!half)
-			store_latent(m, 0, column, sum, m->odd[column / 4]);
-		for (int token = 1 + half; token < COMBINE_TOKENS; token += 2)
-			store_latent(m, token, column, zero, zero);
+#pragma unroll
+		for (int d = 0; d < DEEP; d++)
+#pragma unroll
+			for (int k = 0; k < N; k++) {
+				int run = from + d * WAYS + k * STRIDE;
+
+				v[d][k] = run < runs ? *(const float4 *)(partial + (size_t)run * LATENT) : zero;
+			}
+#pragma unroll
+		for (int d = 0; d < DEEP; d++)
+#pragma unroll
+			for (int k = 0; k < N; k++) {
+				int run = from + d * WAYS + k * STRIDE;
+
+				add_run(sum[k], run < runs ? weight[run] : 0.0f, v[d][k]);
+			}
+	}
+}
+
+__device__ __forceinline__ float4 sum_of_ways(const float4 (&w)[WAYS])
+{
+	return add4(add4(add4(w[0], w[1]), add4(w[2], w[3])), add4(add4(w[4], w[5]), add4(w[6], w[7])));
+}
+
+/* Four columns, to every block of the cluster. */
+template <int V_BLOCKS>
+__device__ __forceinline__ void store_latent(combine_smem *m, int token, int column, float4 v)
+{
+	__nv_bfloat16 *to = &m->latent[token][column];
+	uint32_t lo = mla_pack(v.x, v.y), hi = mla_pack(v.z, v.w);
+
+	if constexpr (V_BLOCKS == 1) {
+		*(uint2 *)to = make_uint2(lo, hi);
+	} else {
+#pragma unroll
+		for (int rank = 0; rank < V_BLOCKS; rank++) {
+			uint32_t at = ptx_cluster_address(to, rank);
+
+			ptx_cluster_store(at, __uint_as_float(lo));
+			ptx_cluster_store(at + 4, __uint_as_float(hi));
+		}
+	}
+}
+
+/* This block's columns of its tokens. Of one token the threads divide the ways, of several the tokens;
+ * each column's sum is the same either way. */
+template <int V_BLOCKS>
+__device__ __forceinline__ void put_together(combine_smem *m, const kk_mla_decode_args &a, int first,
+                                             int head, int rank)
+{
+	constexpr int QUADS = LATENT / 4 / V_BLOCKS, GROUPS = COMBINE_THREADS / QUADS;
+	int quad = (int)threadIdx.x % QUADS, group = (int)threadIdx.x / QUADS;
+	int column = (rank * QUADS + quad) * 4;
+	const float *partial = a.partial + ((size_t)first * a.shape.heads + head) * a.splits * LATENT + column;
+	size_t next = (size_t)a.shape.heads * a.splits * LATENT; /* token */
+
+	if (first + 1 == a.seqs) {
+		float4 sum[WAYS / GROUPS], all[WAYS];
+
+		sum_ways<GROUPS, GROUPS>(sum, m->weight[0], partial, group, m->runs[0]);
+#pragma unroll
+		for (int k = 0; k < WAYS / GROUPS; k++)
+			m->way[group + k * GROUPS][quad] = sum[k];
+		__syncthreads(); /* the ways are written */
+		if (group)
+			return;
+#pragma unroll
+		for (int k = 0; k < WAYS; k++)
+			all[k] = m->way[k][quad];
+		store_latent<V_BLOCKS>(m, 0, column, sum_of_ways(all));
 		return;
 	}
 #pragma unroll 2
-	for (int token = half; token < COMBINE_TOKENS; token += 2) {
-		const float *partial = partial_of(a, min(first + token, a.seqs - 1), head, column);
-		int runs = m->runs[token];
+	for (int token = group; token < min(a.seqs - first, (int)COMBINE_TOKENS); token += GROUPS) {
+		float4 all[WAYS];
 
-		store_latent(m, token, column, sum_runs(m->weight[token], partial, 0, runs),
-		             sum_runs(m->weight[token], partial, 1, runs));
+		sum_ways<1, 1>(all, m->weight[token], partial + token * next, 0, m->runs[token]);
+		store_latent<V_BLOCKS>(m, token, column, sum_of_ways(all));
 	}
 }
 
@@ -722,13 +800,20 @@ __global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(kk_mla_decode_args
 
 	static_assert(GROUPS * V_BLOCKS == COMBINE_WARPS, "a share of the columns for each warp");
 	ptx_release_successor();
+	if (V_BLOCKS > 1)
+		ptx_cluster_arrive();
 	load_w_vc<STEPS>(w, a, head, value + warp % GROUPS * 16, column, lane);
 	ptx_wait_predecessor();
 	for (int token = warp; token < COMBINE_TOKENS; token += COMBINE_WARPS)
 		weigh_runs(&m, a, first + token, head, token, lane);
 	__syncthreads(); /* the runs' weights are written */
-	put_together(&m, a, first, head);
-	__syncthreads(); /* the latents are written */
+	if (V_BLOCKS > 1)
+		ptx_cluster_wait(); /* every block of the cluster runs: its memory may be written */
+	put_together<V_BLOCKS>(&m, a, first, head, (int)blockIdx.x);
+	if (V_BLOCKS > 1)
+		ptx_cluster_arrive(), ptx_cluster_wait(); /* the latents are written, here and by the others */
+	else
+		__syncthreads(); /* the latents are written */
 	multiply_w_vc<STEPS>(&m, w, column, warp, lane);
 	__syncthreads(); /* the parts are written */
 	for (int i = (int)threadIdx.x; i < COMBINE_TOKENS * VALUES; i += COMBINE_THREADS) {
@@ -755,9 +840,9 @@ extern "C" cudaError_t kk_mla_combine(const kk_mla_decode_args *a, cudaStream_t 
 	case 1:
 		return mla_launch(combine<1>, grid, COMBINE_THREADS, 0, a->pdl, stream, *a);
 	case 2:
-		return mla_launch(combine<2>, grid, COMBINE_THREADS, 0, a->pdl, stream, *a);
+		return mla_launch(combine<2>, grid, COMBINE_THREADS, 0, a->pdl, stream, *a, 2);
 	case 4:
-		return mla_launch(combine<4>, grid, COMBINE_THREADS, 0, a->pdl, stream, *a);
+		return mla_launch(combine<4>, grid, COMBINE_THREADS, 0, a->pdl, stream, *a, 4);
 	default:
 		return cudaErrorInvalidValue;
 	}

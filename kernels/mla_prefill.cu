@@ -141,7 +141,8 @@ __device__ __forceinline__ void produce(const kk_mla_prefill_args &a, const work
 /* A warpgroup's softmax: this thread's rows lane / 4 and lane / 4 + 8 of its warp's 16. */
 struct running {
 	float largest[2]; /* of the scores, unscaled */
-	float total[2];   /* this lane's part */
+	float tile[2];    /* of the tile's weights, this lane's part */
+	float total[2];   /* whole, in all four lanes of a row: it must be the same after a pause */
 	int seen[2];      /* keys of the piece that the row sees */
 	int all_see;      /* that every row of the warpgroup sees */
 };
@@ -188,19 +189,19 @@ __device__ __forceinline__ void weigh(running &s, float (&score)[64], float (&re
 		most[h] = fmaxf(most[h], __shfl_xor_sync(0xffffffffu, most[h], 2));
 		rescale[h] = ptx_ex2((s.largest[h] - most[h]) * to_base2);
 		s.largest[h] = most[h];
-		s.total[h] *= rescale[h];
+		s.tile[h] = 0.0f;
 		most[h] *= to_base2;
 	}
 #pragma unroll
 	for (int i = 0; i < 64; i++) {
 		score[i] = ptx_ex2(score[i] * to_base2 - most[i / 2 % 2]);
-		s.total[i / 2 % 2] += score[i];
+		s.tile[i / 2 % 2] += score[i];
 	}
 }
 
-/* Rescales the sum; the weights as wgmma's a. No product may be running. */
-__device__ __forceinline__ void settle(float (&sum)[64], uint32_t (&weights)[8][4], const float (&score)[64],
-                                       const float (&rescale)[2])
+/* Rescales the sum; the weights as wgmma's a, and their total. No product may be running. */
+__device__ __forceinline__ void settle(running &s, float (&sum)[64], uint32_t (&weights)[8][4],
+                                       const float (&score)[64], const float (&rescale)[2])
 {
 #pragma unroll
 	for (int i = 0; i < 64; i++)
@@ -208,6 +209,14 @@ __device__ __forceinline__ void settle(float (&sum)[64], uint32_t (&weights)[8][
 #pragma unroll
 	for (int i = 0; i < 64; i += 2)
 		weights[i / 8][i / 2 % 4] = mla_pack(score[i], score[i + 1]);
+#pragma unroll
+	for (int h = 0; h < 2; h++) {
+		float tile = s.tile[h];
+
+		tile += __shfl_xor_sync(0xffffffffu, tile, 1);
+		tile += __shfl_xor_sync(0xffffffffu, tile, 2);
+		s.total[h] = s.total[h] * rescale[h] + tile;
+	}
 }
 
 /* State of a row and head: v_dim sums, largest score, sum of weights. */
@@ -221,7 +230,7 @@ __device__ __forceinline__ void begin_rows(const kk_mla_prefill_args &a, const w
 		                                       (VALUE + 2);
 
 		s.largest[h] = resumes ? state[VALUE] : -CUDART_INF_F;
-		s.total[h] = resumes && lane % 4 == 0 ? state[VALUE + 1] : 0.0f;
+		s.total[h] = resumes ? state[VALUE + 1] : 0.0f;
 #pragma unroll
 		for (int j = 0; j < 16; j++) {
 			float2 v = resumes ? *(const float2 *)(state + j * 8 + lane % 4 * 2)
@@ -239,13 +248,10 @@ __device__ __forceinline__ void end_rows(const kk_mla_prefill_args &a, const wor
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
 		size_t at = (size_t)(w.tile.row + row + 8 * h) * a.shape.heads + w.head;
-		float total = s.total[h];
+		float inverse = 1.0f / s.total[h];
 
-		total += __shfl_xor_sync(0xffffffffu, total, 1);
-		total += __shfl_xor_sync(0xffffffffu, total, 2);
 		if (row + 8 * h >= w.tile.rows)
 			continue;
-		float inverse = 1.0f / total;
 		if (w.tile.goes_on) {
 			float *state = a.state + at * (VALUE + 2);
 
@@ -254,7 +260,7 @@ __device__ __forceinline__ void end_rows(const kk_mla_prefill_args &a, const wor
 				*(float2 *)(state + j * 8 + lane % 4 * 2) =
 					make_float2(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
 			if (lane % 4 == 0)
-				*(float2 *)(state + VALUE) = make_float2(s.largest[h], total);
+				*(float2 *)(state + VALUE) = make_float2(s.largest[h], s.total[h]);
 			continue;
 		}
 #pragma unroll
@@ -286,7 +292,7 @@ __device__ __forceinline__ void consume(const kk_mla_prefill_args &a, const work
 	if (lane == 0)
 		ptx_mbarrier_arrive(smem + AT_KEYS_FREE);
 	weigh(s, score, rescale, 0, to_base2, lane);
-	settle(sum, weights, score, rescale);
+	settle(s, sum, weights, score, rescale);
 #pragma unroll 1
 	for (int n = 1; n < w.steps; n++) {
 		int stage = n % STAGES, last = (n - 1) % STAGES;
@@ -304,7 +310,7 @@ __device__ __forceinline__ void consume(const kk_mla_prefill_args &a, const work
 		ptx_wgmma_wait<0>();
 		if (lane == 0)
 			ptx_mbarrier_arrive(smem + AT_VALUES_FREE + 8 * last);
-		settle(sum, weights, score, rescale);
+		settle(s, sum, weights, score, rescale);
 	}
 	int last = (w.steps - 1) % STAGES;
 	ptx_mbarrier_wait(smem + AT_VALUES_FULL + 8 * last, (w.steps - 1) / STAGES & 1);
@@ -385,6 +391,7 @@ __global__ void __launch_bounds__(GATHER_THREADS) gather(kk_mla_prefill_args a)
 
 	ptx_release_successor();
 	ptx_wait_predecessor();
+#pragma unroll 6
 	for (int i = (int)threadIdx.x; i < r.count * pieces; i += GATHER_THREADS) {
 		int token = i / pieces;
 		size_t from = mla_slot(pages, a.page_size, r.first + token) * pieces + i % pieces;

@@ -231,6 +231,12 @@ __device__ __forceinline__ void ptx_mbarrier_wait(uint32_t barrier, uint32_t par
 #endif
 }
 
+/* A barrier of `threads` of the block's, numbered 1 to 15. */
+__device__ __forceinline__ void ptx_barrier_some(int barrier, int threads)
+{
+	asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 /* Registers of each thread of this warpgroup, from here on. */
 template <int N>
 __device__ __forceinline__ void ptx_more_registers()

@@ -41,12 +41,12 @@ static int choose_splits(int blocks, int tiles, int multiprocessors)
 	return best;
 }
 
-/* A head's rows of kv_b are shared by as many blocks as find a multiprocessor free. */
+/* A head's rows of kv_b are shared by as many blocks as run at once, two a multiprocessor. */
 static int choose_v_blocks(int heads, int seqs, int multiprocessors)
 {
 	int v_blocks = 4;
 
-	while (v_blocks > 1 && heads * ceil_div(seqs, 16) * v_blocks > multiprocessors)
+	while (v_blocks > 1 && heads * ceil_div(seqs, 16) * v_blocks > 2 * multiprocessors)
 		v_blocks /= 2;
 	return v_blocks;
 }
