@@ -629,7 +629,7 @@ static void completions_echo_and_score_the_prompt(void **state)
 	                 0);
 	answer = km_answer_new(&f->model, &r, prompts, "cmpl-1");
 	for (int i = 1; i < 3; i++) {
-		km_logprob top = { 66, -0.25f };
+		km_logprob top = { i == 1 ? 66 : 0xc8, -0.25f };
 		km_prompt_logprob p = { i, prompt[i], -1.5f - (float)i, &top, 1 };
 
 		km_queue_prompt_logprob(&queue, 0, &p);
@@ -652,6 +652,9 @@ static void completions_echo_and_score_the_prompt(void **state)
 	assert_true(json_is_null(json_array_get(json_object_get(lp, "top_logprobs"), 0)));
 	assert_int_equal(json_object_size(json_array_get(json_object_get(lp, "top_logprobs"), 1)),
 	                 2);
+	/* half a character has no name in JSON but its bytes' */
+	assert_non_null(json_object_get(json_array_get(json_object_get(lp, "top_logprobs"), 2),
+	                                "bytes:\\xc8"));
 	assert_int_equal(json_integer_value(json_array_get(json_object_get(lp, "text_offset"), 2)),
 	                 2);
 	json_decref(json);
