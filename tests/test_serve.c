@@ -181,12 +181,26 @@ static void prompts_are_scored(void **state)
 	km_buf_release(&out);
 }
 
+static size_t prompt_tokens(const struct fixture *f, const char *text)
+{
+	km_ids ids = { 0 };
+	km_err err;
+	size_t count;
+
+	assert_int_equal(km_tokenizer_encode(f->engine.tokenizer, text, strlen(text), true, &ids,
+	                                     &err),
+	                 0);
+	count = ids.len;
+	km_ids_release(&ids);
+	return count;
+}
+
 static void many_prompts_make_many_choices(void **state)
 {
 	struct fixture *f = *state;
 	km_buf out = KM_BUF_INIT;
 	json_t *json;
-	const json_t *choices;
+	const json_t *choices, *usage;
 
 	assert_int_equal(http_ask(f->port, "POST", "/v1/completions",
 	                          "{\"prompt\":[\"aaaa\",\"bbbb\"],\"n\":2,\"max_tokens\":2}",
@@ -201,6 +215,10 @@ static void many_prompts_make_many_choices(void **state)
 		assert_int_equal(json_integer_value(json_object_get(c, "index")), i);
 		assert_int_equal(*json_string_value(json_object_get(c, "text")), i < 2 ? 'a' : 'b');
 	}
+	usage = json_object_get(json, "usage");
+	assert_int_equal(json_integer_value(json_object_get(usage, "prompt_tokens")),
+	                 prompt_tokens(f, "aaaa") + prompt_tokens(f, "bbbb"));
+	assert_int_equal(json_integer_value(json_object_get(usage, "completion_tokens")), 8);
 	json_decref(json);
 	km_buf_release(&out);
 }
