@@ -1,4 +1,5 @@
-/* What the attention's kernels share: a launch, a cached token's place, the cache's values as f32. */
+/* What the attention's kernels share: a launch, a cached token's place, the cache's values as
+ * f32. */
 #ifndef KK_MLA_CUH
 #define KK_MLA_CUH
 
@@ -11,7 +12,8 @@
 
 #define MLA_LOG2E 1.44269504088896341f
 
-/* `smem` above 48 KB has been allowed for the kernel before; `cluster` blocks of a row share one. */
+/* `smem` above 48 KB has been allowed for the kernel before; `cluster` blocks of a row share
+ * one. */
 template <typename Args>
 static cudaError_t mla_launch(void (*kernel)(Args), dim3 grid, int threads, size_t smem, bool pdl,
                               cudaStream_t stream, const Args &args, int cluster = 1)

@@ -2,31 +2,41 @@
  * MLA decode in the absorbed form: every head of a row against the same cached latents.
  *
  * ROOFLINE
- *   A cached token is 576 values, 1,152 bytes (e4m3: 576), for all heads, and 2 * (576 + 512) flops for
- *   each of them: at 64 heads 121 flops a byte (242), where H100 has 250 (780 TFLOP/s over 3.1 TB/s) and
- *   H200 160. So bf16 is bound by bytes on both, fp8 about even. 64 rows at 8,192 tokens: 604 MB, 195 us
- *   on H100, 126 on H200; fp8 97 by bytes, 94 by flops. One row at 1,024 tokens: 1.2 MB, 0.4 us, and what
- *   counts is the chain of launches. The absorbing products read W_kc and W_vc once, 128 kB a head each:
- *   2.7 us at 64 heads.
+ *   A cached token is 576 values, 1,152 bytes (e4m3: 576), for all heads, and 2 * (576 + 512) flops
+ *   for each of them: at 64 heads 121 flops a byte (242), where H100 has 250 (780 TFLOP/s over 3.1
+ *   TB/s) and H200 160. So bf16 is bound by bytes on both, fp8 about even. 64 rows at 8,192 tokens:
+ *   604 MB, 195 us on H100, 126 on H200; fp8 97 by bytes, 94 by flops. One row at 1,024 tokens: 1.2
+ *   MB, 0.4 us, and what counts is the chain of launches. The absorbing products read W_kc and W_vc
+ *   once, 128 kB a head each: 2.7 us at 64 heads.
  *
  * LADDER
  *   general  mla_general.cu: any shape.
- *   here     kv_lora_rank 512, rope 64, nope and v 128, on wgmma; three launches.
+ *   here     kv_lora_rank 512, rope 64, nope and v 128, on wgmma; three launches. us on an H100,
+ *            graph replay, cold (absorb / attend / combine / all three overlapping; attend's share
+ *            of its bound):
+ *            64 rows x 8,192, 64 heads    9.8 / 220 / 21 / 257 (89%)
+ *            64 rows x 131,072, 64 heads  12 / 3,233 / 25 / 3,282 (96%)
+ *            64 rows x 8,192, 8 heads     3.6 / 209 / 13 / 228 (93%)
+ *            1 row x 1,024, 8 heads       2.9 / 6.1 / 4.4 / 13.8: a chain of latencies
+ *            e4m3 takes the same times, 45% of its bound: the scores done twice, and the widening.
+ *            TRIED 11 to 13.
  *
- * attend: a block has 64 heads (rows of zeros where there are fewer) of one run of a sequence. Their
- * queries, 64 x 576, stay in shared memory; tiles of 64 cached tokens pass through two more buffers of
- * that size. A warpgroup fetches: pages are looked up a token at a time, so any page size does, and
- * cp.async puts 16-byte pieces where wgmma's 128-byte swizzle wants them; e4m3 goes through registers and
- * becomes bf16 on the way (exactly: 3 bits of fraction). Two warpgroups compute: both do all of a tile's
- * scores and its softmax, and each half of the sum's 512 columns, 64 x 256 in registers. Doing the scores
- * twice costs 1,152 of 3,328 cycles of tensor cores a tile, which takes 5,500 to arrive; in return a
- * weight never leaves the registers that it was made in, and the two meet at no barrier.
+ * attend: a block has 64 heads (rows of zeros where there are fewer) of one run of a sequence.
+ * Their queries, 64 x 576, stay in shared memory; tiles of 64 cached tokens pass through two more
+ * buffers of that size. A warpgroup fetches: pages are looked up a token at a time, so any page
+ * size does, and cp.async puts 16-byte pieces where wgmma's 128-byte swizzle wants them; e4m3 goes
+ * through registers and becomes bf16 on the way (exactly: 3 bits of fraction). Two warpgroups
+ * compute: both do all of a tile's scores and its softmax, and each half of the sum's 512 columns,
+ * 64 x 256 in registers. Doing the scores twice costs 1,152 of 3,328 cycles of tensor cores a tile,
+ * which takes 5,500 to arrive; in return a weight never leaves the registers that it was made in,
+ * and the two meet at no barrier.
  *
  * RULES
- *   Order: a run's tokens in tiles of 64 from its start; scores by wgmma over the columns in rising order;
- *   weights summed by lane, then across a row's four lanes; runs by their number modulo eight, rising, and
- *   the eight as a tree. A row depends on its length and the plan only. Tokens beyond the length are zeros in shared
- *   memory and weigh nothing. An e4m3 NaN reads as 480: what wrote it has spoilt that token's row too.
+ *   Order: a run's tokens in tiles of 64 from its start; scores by wgmma over the columns in rising
+ *   order; weights summed by lane, then across a row's four lanes; runs by their number modulo
+ *   eight, rising, and the eight as a tree. A row depends on its length and the plan only. Tokens
+ *   beyond the length are zeros in shared memory and weigh nothing. An e4m3 NaN reads as 480: what
+ *   wrote it has spoilt that token's row too.
  */
 #include <math_constants.h>
 
@@ -99,13 +109,15 @@ __device__ __forceinline__ attend_run find_run(const kk_mla_decode_args &a)
 	return r;
 }
 
-__device__ __forceinline__ size_t run_index(const kk_mla_decode_args &a, const attend_run &r, int head)
+__device__ __forceinline__ size_t run_index(const kk_mla_decode_args &a, const attend_run &r,
+                                            int head)
 {
 	return ((size_t)r.seq * a.shape.heads + r.first_head + head) * a.splits + r.split;
 }
 
 /* Queries of the block's heads, zeros below them; by the threads that will use them. */
-__device__ __forceinline__ void load_queries(const kk_mla_decode_args &a, const attend_run &r, char *smem)
+__device__ __forceinline__ void load_queries(const kk_mla_decode_args &a, const attend_run &r,
+                                             char *smem)
 {
 	const uint4 *from = (const uint4 *)a.query +
 	                    ((size_t)r.seq * a.shape.heads + r.first_head) * (WIDTH / 8);
@@ -133,16 +145,16 @@ __device__ __forceinline__ void load_queries(const kk_mla_decode_args &a, const 
 }
 
 /*
- * bf16: thread 8 i + j fetches piece j of each 64 columns of rows i, i + 16, i + 32, i + 48. The next
- * tile's pages are looked up while this one's pieces are on their way.
+ * bf16: thread 8 i + j fetches piece j of each 64 columns of rows i, i + 16, i + 32, i + 48. The
+ * next tile's pages are looked up while this one's pieces are on their way.
  */
 struct fetch_rows {
 	const char *from[4];
 	bool valid[4];
 };
 
-__device__ __forceinline__ void find_rows(fetch_rows &f, const kk_mla_decode_args &a, const attend_run &r,
-                                          int tile, int thread)
+__device__ __forceinline__ void find_rows(fetch_rows &f, const kk_mla_decode_args &a,
+                                          const attend_run &r, int tile, int thread)
 {
 	const int32_t *pages = a.pages + (size_t)r.seq * a.pages_per_seq;
 
@@ -172,7 +184,8 @@ __device__ __forceinline__ void produce_bf16(const kk_mla_decode_args &a, const 
 		for (int i = 0; i < 4; i++)
 #pragma unroll
 			for (int c = 0; c < COLUMN_BLOCKS; c++)
-				ptx_copy_async(to + stage * TILE_BYTES + c * COLUMN_BYTES + i * 16 * 128,
+				ptx_copy_async(to + stage * TILE_BYTES + c * COLUMN_BYTES +
+				                       i * 16 * 128,
 				               f.from[i] + c * 128, f.valid[i]);
 		ptx_mbarrier_arrive_copied(smem + AT_FULL + 8 * stage);
 		if (tile + 1 < r.to)
@@ -182,8 +195,8 @@ __device__ __forceinline__ void produce_bf16(const kk_mla_decode_args &a, const 
 }
 
 /*
- * e4m3: thread 4 i + j fetches pieces j, j + 4, ... (of 16 values) of row i into registers, which take the
- * next tile's as soon as this one's are stored: 36 kB are always on their way.
+ * e4m3: thread 4 i + j fetches pieces j, j + 4, ... (of 16 values) of row i into registers, which
+ * take the next tile's as soon as this one's are stored: 36 kB are always on their way.
  */
 enum { FP8_PIECES = WIDTH / 16 / 4 };
 
@@ -192,8 +205,8 @@ struct fetch_fp8 {
 	const char *from; /* NULL: zeros */
 };
 
-__device__ __forceinline__ const char *find_row_fp8(const kk_mla_decode_args &a, const attend_run &r,
-                                                    int tile, int thread)
+__device__ __forceinline__ const char *find_row_fp8(const kk_mla_decode_args &a,
+                                                    const attend_run &r, int tile, int thread)
 {
 	int token = tile * TILE + thread / 4;
 
@@ -208,11 +221,13 @@ __device__ __forceinline__ void fetch_piece(fetch_fp8 &f, int k)
 	f.v[k] = f.from ? ptx_load_stream(f.from + k * 64) : make_uint4(0, 0, 0, 0);
 }
 
-/* Two e4m3 in the high bytes of each half: shifted into bf16's fields they are 2^-120 of what they were. */
+/* Two e4m3 in the high bytes of each half: shifted into bf16's fields they are 2^-120 of what they
+ * were. */
 __device__ __forceinline__ uint32_t widen_pair(uint32_t high_bytes)
 {
 	uint32_t v = (high_bytes & 0x80008000u) | (high_bytes >> 4 & 0x07f007f0u);
-	__nv_bfloat162 up = __halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));
+	__nv_bfloat162 up =
+		__halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));
 	__nv_bfloat162 wide = __hmul2(*(__nv_bfloat162 *)&v, up);
 
 	return *(uint32_t *)&wide;
@@ -220,15 +235,18 @@ __device__ __forceinline__ uint32_t widen_pair(uint32_t high_bytes)
 
 __device__ __forceinline__ uint4 widen8(uint32_t lo, uint32_t hi)
 {
-	return make_uint4(widen_pair(__byte_perm(lo, 0, 0x1404)), widen_pair(__byte_perm(lo, 0, 0x3424)),
-	                  widen_pair(__byte_perm(hi, 0, 0x1404)), widen_pair(__byte_perm(hi, 0, 0x3424)));
+	return make_uint4(
+		widen_pair(__byte_perm(lo, 0, 0x1404)), widen_pair(__byte_perm(lo, 0, 0x3424)),
+		widen_pair(__byte_perm(hi, 0, 0x1404)), widen_pair(__byte_perm(hi, 0, 0x3424)));
 }
 
-__device__ __forceinline__ void produce_fp8(const kk_mla_decode_args &a, const attend_run &r, char *smem,
-                                            uint32_t address, int thread)
+__device__ __forceinline__ void produce_fp8(const kk_mla_decode_args &a, const attend_run &r,
+                                            char *smem, uint32_t address, int thread)
 {
-	/* a piece's two halves in the first 64 columns; the others' are COLUMN_BYTES further each */
-	int even = tile_at(thread / 4, thread % 4 * 2), odd = tile_at(thread / 4, thread % 4 * 2 + 1) - even;
+	/* a piece's two halves in the first 64 columns; the others' are COLUMN_BYTES further
+	 * each */
+	int even = tile_at(thread / 4, thread % 4 * 2),
+	    odd = tile_at(thread / 4, thread % 4 * 2 + 1) - even;
 	fetch_fp8 f;
 
 	f.from = find_row_fp8(a, r, r.from, thread);
@@ -283,8 +301,9 @@ __device__ __forceinline__ void hide_beyond(float (&score)[32], int count, int l
 }
 
 /* scores -> weights as wgmma's a; what earlier sums are to be multiplied with. */
-__device__ __forceinline__ void weigh(running &s, const float (&score)[32], uint32_t (&weights)[4][4],
-                                      float (&rescale)[2], float to_base2)
+__device__ __forceinline__ void weigh(running &s, const float (&score)[32],
+                                      uint32_t (&weights)[4][4], float (&rescale)[2],
+                                      float to_base2)
 {
 	float most[2] = {s.largest[0], s.largest[1]};
 
@@ -311,8 +330,8 @@ __device__ __forceinline__ void weigh(running &s, const float (&score)[32], uint
 	}
 }
 
-/* Two products of 128 columns: one of 256 would need more registers than a block of 512 threads begins
- * with. */
+/* Two products of 128 columns: one of 256 would need more registers than a block of 512 threads
+ * begins with. */
 __device__ __forceinline__ void add_values(float (&sum)[2][64], const uint32_t (&weights)[4][4],
                                            const float (&rescale)[2], uint64_t values)
 {
@@ -332,8 +351,8 @@ __device__ __forceinline__ void add_values(float (&sum)[2][64], const uint32_t (
 
 /* This warpgroup's 256 columns, and once each row's largest score and sum of weights. */
 __device__ __forceinline__ void store_run(const kk_mla_decode_args &a, const attend_run &r,
-                                          const float (&sum)[2][64], const running &s, float to_base2,
-                                          int group, int thread)
+                                          const float (&sum)[2][64], const running &s,
+                                          float to_base2, int group, int thread)
 {
 	int lane = thread % 32;
 
@@ -357,8 +376,8 @@ __device__ __forceinline__ void store_run(const kk_mla_decode_args &a, const att
 	}
 }
 
-__device__ __forceinline__ void consume(const kk_mla_decode_args &a, const attend_run &r, uint32_t smem,
-                                        int group, int thread)
+__device__ __forceinline__ void consume(const kk_mla_decode_args &a, const attend_run &r,
+                                        uint32_t smem, int group, int thread)
 {
 	running s = {{-CUDART_INF_F, -CUDART_INF_F}, {0.0f, 0.0f}};
 	uint64_t queries = ptx_wgmma_matrix(smem + AT_QUERY, 16);
@@ -390,7 +409,8 @@ template <bool FP8>
 __global__ void __launch_bounds__(CONSUMERS + producers(FP8), 1) attend(kk_mla_decode_args a)
 {
 	extern __shared__ char raw[];
-	uint32_t raw_at = (uint32_t)__cvta_generic_to_shared(raw), smem = (raw_at + 1023) / 1024 * 1024;
+	uint32_t raw_at = (uint32_t)__cvta_generic_to_shared(raw),
+		 smem = (raw_at + 1023) / 1024 * 1024;
 	char *aligned = raw + (smem - raw_at);
 	int thread = (int)threadIdx.x, group = thread / 128;
 
@@ -408,8 +428,8 @@ __global__ void __launch_bounds__(CONSUMERS + producers(FP8), 1) attend(kk_mla_d
 				make_float2(-CUDART_INF_F, 0.0f);
 		return;
 	}
-	/* 168 a thread at the start, 128 with e4m3: what some give up is what the others get, or they wait
-	 * for ever */
+	/* 168 a thread at the start, 128 with e4m3: what some give up is what the others get, or
+	 * they wait for ever */
 	if (group >= CONSUMERS / 128) {
 		ptx_fewer_registers<FP8 ? 64 : 40>();
 		if (FP8)
@@ -442,19 +462,20 @@ extern "C" cudaError_t kk_mla_attend(const kk_mla_decode_args *a, cudaStream_t s
 
 	if (!fits(a))
 		return cudaErrorInvalidValue;
-	rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ATTEND_BYTES);
+	rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+	                          ATTEND_BYTES);
 	if (rc != cudaSuccess)
 		return rc;
 	return mla_launch(kernel, grid, threads, ATTEND_BYTES, a->pdl, stream, *a);
 }
 
 /*
- * absorb: query[t, h, c] = sum_n q[t, h, n] W_kc[h, n, c], and q's rotated part behind it. A warp has 64
- * columns of a head, all 128 rows of them in registers (16 kB on its way before the predecessor has
- * ended), and passes 16 tokens at a time by them. The columns of W are contiguous and the sum runs down
- * its rows, so a lane reads 16 bytes of eight rows and pairs them by byte permutation: n-tile j takes
- * the columns 8 g + j of lane group g, in any order since the result is put back by the same rule, and
- * a k-step takes rows that one lane has.
+ * absorb: query[t, h, c] = sum_n q[t, h, n] W_kc[h, n, c], and q's rotated part behind it. A warp
+ * has 64 columns of a head, all 128 rows of them in registers (16 kB on its way before the
+ * predecessor has ended), and passes 16 tokens at a time by them. The columns of W are contiguous
+ * and the sum runs down its rows, so a lane reads 16 bytes of eight rows and pairs them by byte
+ * permutation: n-tile j takes the columns 8 g + j of lane group g, in any order since the result is
+ * put back by the same rule, and a k-step takes rows that one lane has.
  */
 enum { ABSORB_COLUMNS = 64, ABSORB_CHUNKS = LATENT / ABSORB_COLUMNS, ABSORB_PASSES = 2 };
 
@@ -515,7 +536,8 @@ __device__ __forceinline__ void absorb_tokens(const absorb_weights &w, const kk_
 			}
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
-		uint4 *to = (uint4 *)((__nv_bfloat16 *)a.query + ((size_t)row[h] * heads + head) * WIDTH +
+		uint4 *to = (uint4 *)((__nv_bfloat16 *)a.query +
+		                      ((size_t)row[h] * heads + head) * WIDTH +
 		                      chunk * ABSORB_COLUMNS + t * 16);
 
 		if (first + g + 8 * h >= a.seqs)
@@ -529,8 +551,10 @@ __device__ __forceinline__ void absorb_tokens(const absorb_weights &w, const kk_
 	}
 }
 
-/* The head's last 64 values of 16 tokens: a lane has one pair of each. All loads before all stores. */
-__device__ __forceinline__ void rotate_tokens(const kk_mla_decode_args &a, int first, int head, int lane)
+/* The head's last 64 values of 16 tokens: a lane has one pair of each. All loads before all
+ * stores. */
+__device__ __forceinline__ void rotate_tokens(const kk_mla_decode_args &a, int first, int head,
+                                              int lane)
 {
 	int position = a.positions[min(first + lane % 16, a.seqs - 1)];
 	uint32_t pair[16];
@@ -539,7 +563,8 @@ __device__ __forceinline__ void rotate_tokens(const kk_mla_decode_args &a, int f
 #pragma unroll
 	for (int i = 0; i < 16; i++) {
 		size_t at = (size_t)min(first + i, a.seqs - 1) * a.shape.heads + head;
-		const float *from = a.cos_sin + (size_t)__shfl_sync(0xffffffffu, position, i) * ROPE + lane;
+		const float *from =
+			a.cos_sin + (size_t)__shfl_sync(0xffffffffu, position, i) * ROPE + lane;
 
 		pair[i] = ((const uint32_t *)a.q)[(at * (NOPE + ROPE) + NOPE) / 2 + lane];
 		turn[i] = make_float2(from[0], from[ROPE / 2]);
@@ -582,15 +607,17 @@ extern "C" cudaError_t kk_mla_absorb(const kk_mla_decode_args *a, cudaStream_t s
 
 	if (!fits(a))
 		return cudaErrorInvalidValue;
-	return mla_launch(absorb, dim3(ABSORB_CHUNKS + 1, a->shape.heads, passes), 32, 0, a->pdl, stream, *a);
+	return mla_launch(absorb, dim3(ABSORB_CHUNKS + 1, a->shape.heads, passes), 32, 0, a->pdl,
+	                  stream, *a);
 }
 
 /*
- * combine: out[t, h, v] = sum_c W_vc[h, v, c] latent[t, h, c], where latent is put together from the runs.
- * A cluster of V_BLOCKS blocks has 16 tokens of one head; each block puts together its share of the
- * columns, writes them to all, and multiplies them with its share of the values' rows. Eight warps
- * divide those by 16, and the columns between those that have the same ones. A lane's 16 bytes of a row
- * are eight columns, for two k-steps, as in router_gemm.cu; the latents are read in the same order.
+ * combine: out[t, h, v] = sum_c W_vc[h, v, c] latent[t, h, c], where latent is put together from
+ * the runs. A cluster of V_BLOCKS blocks has 16 tokens of one head; each block puts together its
+ * share of the columns, writes them to all, and multiplies them with its share of the values' rows.
+ * Eight warps divide those by 16, and the columns between those that have the same ones. A lane's
+ * 16 bytes of a row are eight columns, for two k-steps, as in router_gemm.cu; the latents are read
+ * in the same order.
  */
 enum {
 	COMBINE_THREADS = 256,
@@ -611,12 +638,14 @@ struct combine_smem {
 };
 
 /* A warp: how much each run of a token counts. */
-__device__ __forceinline__ void weigh_runs(combine_smem *m, const kk_mla_decode_args &a, int seq, int head,
-                                           int token, int lane)
+__device__ __forceinline__ void weigh_runs(combine_smem *m, const kk_mla_decode_args &a, int seq,
+                                           int head, int token, int lane)
 {
-	int context = seq < a.seqs ? max(a.kv_len[seq], 0) : 0, each = tiles_of_run(context, a.splits);
+	int context = seq < a.seqs ? max(a.kv_len[seq], 0) : 0,
+	    each = tiles_of_run(context, a.splits);
 	int runs = context ? ((context + TILE - 1) / TILE + each - 1) / each : 0;
-	const float2 *stats = (const float2 *)a.stats + ((size_t)seq * a.shape.heads + head) * a.splits;
+	const float2 *stats =
+		(const float2 *)a.stats + ((size_t)seq * a.shape.heads + head) * a.splits;
 	float largest = -CUDART_INF_F, total = 0.0f;
 
 	if (lane == 0)
@@ -649,8 +678,9 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b)
 	return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-/* WAYS / STRIDE of a token's sums of four columns, ways first, first + STRIDE, ...; DEEP times as many
- * loads are on their way together. A run that there is not is no load, and adds zero times zero. */
+/* WAYS / STRIDE of a token's sums of four columns, ways first, first + STRIDE, ...; DEEP times as
+ * many loads are on their way together. A run that there is not is no load, and adds zero times
+ * zero. */
 template <int STRIDE, int DEEP>
 __device__ __forceinline__ void sum_ways(float4 (&sum)[WAYS / STRIDE], const float *weight,
                                          const float *partial, int first, int runs)
@@ -671,7 +701,9 @@ __device__ __forceinline__ void sum_ways(float4 (&sum)[WAYS / STRIDE], const flo
 			for (int k = 0; k < N; k++) {
 				int run = from + d * WAYS + k * STRIDE;
 
-				v[d][k] = run < runs ? *(const float4 *)(partial + (size_t)run * LATENT) : zero;
+				v[d][k] = run < runs ? *(const float4 *)(partial +
+				                                         (size_t)run * LATENT)
+				                     : zero;
 			}
 #pragma unroll
 		for (int d = 0; d < DEEP; d++)
@@ -686,7 +718,8 @@ __device__ __forceinline__ void sum_ways(float4 (&sum)[WAYS / STRIDE], const flo
 
 __device__ __forceinline__ float4 sum_of_ways(const float4 (&w)[WAYS])
 {
-	return add4(add4(add4(w[0], w[1]), add4(w[2], w[3])), add4(add4(w[4], w[5]), add4(w[6], w[7])));
+	return add4(add4(add4(w[0], w[1]), add4(w[2], w[3])),
+	            add4(add4(w[4], w[5]), add4(w[6], w[7])));
 }
 
 /* Four columns, to every block of the cluster. */
@@ -709,16 +742,17 @@ __device__ __forceinline__ void store_latent(combine_smem *m, int token, int col
 	}
 }
 
-/* This block's columns of its tokens. Of one token the threads divide the ways, of several the tokens;
- * each column's sum is the same either way. */
+/* This block's columns of its tokens. Of one token the threads divide the ways, of several the
+ * tokens; each column's sum is the same either way. */
 template <int V_BLOCKS>
-__device__ __forceinline__ void put_together(combine_smem *m, const kk_mla_decode_args &a, int first,
-                                             int head, int rank)
+__device__ __forceinline__ void put_together(combine_smem *m, const kk_mla_decode_args &a,
+                                             int first, int head, int rank)
 {
 	constexpr int QUADS = LATENT / 4 / V_BLOCKS, GROUPS = COMBINE_THREADS / QUADS;
 	int quad = (int)threadIdx.x % QUADS, group = (int)threadIdx.x / QUADS;
 	int column = (rank * QUADS + quad) * 4;
-	const float *partial = a.partial + ((size_t)first * a.shape.heads + head) * a.splits * LATENT + column;
+	const float *partial =
+		a.partial + ((size_t)first * a.shape.heads + head) * a.splits * LATENT + column;
 	size_t next = (size_t)a.shape.heads * a.splits * LATENT; /* token */
 
 	if (first + 1 == a.seqs) {
@@ -747,8 +781,8 @@ __device__ __forceinline__ void put_together(combine_smem *m, const kk_mla_decod
 }
 
 template <int STEPS>
-__device__ __forceinline__ void load_w_vc(uint4 (&w)[2][STEPS], const kk_mla_decode_args &a, int head,
-                                          int value, int column, int lane)
+__device__ __forceinline__ void load_w_vc(uint4 (&w)[2][STEPS], const kk_mla_decode_args &a,
+                                          int head, int value, int column, int lane)
 {
 #pragma unroll
 	for (int n = 0; n < 2; n++)
@@ -756,14 +790,15 @@ __device__ __forceinline__ void load_w_vc(uint4 (&w)[2][STEPS], const kk_mla_dec
 		for (int s = 0; s < STEPS; s++)
 			w[n][s] = ptx_load_stream(
 				(const __nv_bfloat16 *)a.kv_b +
-				((size_t)head * (NOPE + VALUE) + NOPE + value + n * 8 + lane / 4) * LATENT +
+				((size_t)head * (NOPE + VALUE) + NOPE + value + n * 8 + lane / 4) *
+					LATENT +
 				column + s * 32 + lane % 4 * 8);
 }
 
 /* A warp: 16 tokens, 16 values, STEPS * 32 columns. */
 template <int STEPS>
-__device__ __forceinline__ void multiply_w_vc(combine_smem *m, const uint4 (&w)[2][STEPS], int column,
-                                              int warp, int lane)
+__device__ __forceinline__ void multiply_w_vc(combine_smem *m, const uint4 (&w)[2][STEPS],
+                                              int column, int warp, int lane)
 {
 	int g = lane / 4, t = lane % 4;
 	float d[2][4] = {};
@@ -825,8 +860,8 @@ __global__ void __launch_bounds__(COMBINE_THREADS, 1) combine(kk_mla_decode_args
 #pragma unroll
 		for (int k = 0; k < V_BLOCKS; k++)
 			sum += m.part[k * GROUPS + v / 16][token][v % 16];
-		((__nv_bfloat16 *)a.out)[((size_t)(first + token) * a.shape.heads + head) * VALUE + value +
-		                         v] = __float2bfloat16_rn(sum);
+		((__nv_bfloat16 *)a.out)[((size_t)(first + token) * a.shape.heads + head) * VALUE +
+		                         value + v] = __float2bfloat16_rn(sum);
 	}
 }
 

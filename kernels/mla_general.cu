@@ -1,18 +1,19 @@
 /*
- * Attention for any shape, on CUDA cores: the plain device form of mla_decode.cu and mla_prefill.cu, their
- * oracle on the GPU, and what small models run.
+ * Attention for any shape, on CUDA cores: the plain device form of mla_decode.cu and
+ * mla_prefill.cu, their oracle on the GPU, and what small models run.
  *
  * ROOFLINE
- *   None worth stating: every head reads the cache (or its keys and values) for itself, 64 times the bytes
- *   of the tensor-core forms at 64 heads, and FP32 units do 67 TFLOP/s where tensor cores do 990.
+ *   None worth stating: every head reads the cache (or its keys and values) for itself, 64 times
+ *   the bytes of the tensor-core forms at 64 heads, and FP32 units do 67 TFLOP/s where tensor cores
+ *   do 990.
  *
  * LADDER
  *   Rung 0 of both families. See mla_decode.cu and mla_prefill.cu for what the others won.
  *
  * RULES
- *   A score is a sum over lanes, each in rising order of column (decode), or one lane's sum in that order
- *   (prefill); the weighted sum of values goes in rising order of token; tiles of 64 (decode) and 32
- *   (prefill) tokens start at multiples of that. Nothing depends on another row.
+ *   A score is a sum over lanes, each in rising order of column (decode), or one lane's sum in that
+ *   order (prefill); the weighted sum of values goes in rising order of token; tiles of 64 (decode)
+ *   and 32 (prefill) tokens start at multiples of that. Nothing depends on another row.
  */
 #include <math_constants.h>
 
@@ -28,7 +29,8 @@ __global__ void __launch_bounds__(THREADS) absorb_general(kk_mla_decode_args a)
 	int head = (int)blockIdx.x, row = (int)blockIdx.y, lora = s.kv_lora_rank, rope = s.rope_dim;
 	const __nv_bfloat16 *q = (const __nv_bfloat16 *)a.q +
 	                         ((size_t)row * s.heads + head) * (s.nope_dim + rope);
-	__nv_bfloat16 *to = (__nv_bfloat16 *)a.query + ((size_t)row * s.heads + head) * (lora + rope);
+	__nv_bfloat16 *to =
+		(__nv_bfloat16 *)a.query + ((size_t)row * s.heads + head) * (lora + rope);
 	size_t first = (size_t)head * (s.nope_dim + s.v_dim);
 
 	ptx_release_successor();
@@ -46,8 +48,8 @@ __global__ void __launch_bounds__(THREADS) absorb_general(kk_mla_decode_args a)
 	for (int i = (int)threadIdx.x; i < rope / 2; i += THREADS) {
 		const float *turn = a.cos_sin + (size_t)a.positions[row] * rope + i;
 
-		((uint32_t *)(to + lora))[i] =
-			mla_rotate(((const uint32_t *)(q + s.nope_dim))[i], turn[0], turn[rope / 2]);
+		((uint32_t *)(to + lora))[i] = mla_rotate(((const uint32_t *)(q + s.nope_dim))[i],
+		                                          turn[0], turn[rope / 2]);
 	}
 }
 
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__(THREADS) attend_general(kk_mla_decode_args a)
 			for (int i = 0; i < count; i++)
 				sum += exp2f(m.score[i] - largest) *
 				       mla_read(a.cache, a.shape.fp8,
-				                mla_slot(pages, a.page_size, first + i) * width + c);
+				                mla_slot(pages, a.page_size, first + i) * width +
+				                        c);
 			m.sum[c] = sum;
 		}
 	}
@@ -152,7 +155,8 @@ static bool decode_fits(const kk_mla_decode_args *a)
 	const km_mla_shape *s = &a->shape;
 
 	return a->splits == 1 && s->kv_lora_rank % 8 == 0 && s->rope_dim % 8 == 0 &&
-	       s->nope_dim % 8 == 0 && s->v_dim % 8 == 0 && s->nope_dim <= 4096 && s->kv_lora_rank <= 4096;
+	       s->nope_dim % 8 == 0 && s->v_dim % 8 == 0 && s->nope_dim <= 4096 &&
+	       s->kv_lora_rank <= 4096;
 }
 
 extern "C" cudaError_t kk_mla_absorb_general(const kk_mla_decode_args *a, cudaStream_t stream)
@@ -169,8 +173,8 @@ extern "C" cudaError_t kk_mla_attend_general(const kk_mla_decode_args *a, cudaSt
 
 	if (!decode_fits(a) || floats * sizeof(float) > 48 * 1024)
 		return cudaErrorInvalidValue;
-	return mla_launch(attend_general, dim3(a->shape.heads, a->seqs), THREADS, floats * sizeof(float),
-	                  a->pdl, stream, *a);
+	return mla_launch(attend_general, dim3(a->shape.heads, a->seqs), THREADS,
+	                  floats * sizeof(float), a->pdl, stream, *a);
 }
 
 extern "C" cudaError_t kk_mla_combine_general(const kk_mla_decode_args *a, cudaStream_t stream)
@@ -182,8 +186,8 @@ extern "C" cudaError_t kk_mla_combine_general(const kk_mla_decode_args *a, cudaS
 }
 
 /*
- * Prefill: a warp for each head of a row. A lane scores a token of its own, 32 at a time; then it sums
- * the values' columns lane, lane + 32, ..., MAX_V of them at most.
+ * Prefill: a warp for each head of a row. A lane scores a token of its own, 32 at a time; then it
+ * sums the values' columns lane, lane + 32, ..., MAX_V of them at most.
  */
 enum { KEYS = 32, MAX_V = 256, V_LANE = MAX_V / 32, MAX_KEY = 512 };
 
@@ -206,8 +210,8 @@ __device__ __forceinline__ float score_key(const kk_mla_prefill_args &a, const p
 	return sum * a.scale * MLA_LOG2E;
 }
 
-__device__ __forceinline__ void add_keys(const kk_mla_prefill_args &a, prefill_row &r, const float *query,
-                                         int first, int count, int lane)
+__device__ __forceinline__ void add_keys(const kk_mla_prefill_args &a, prefill_row &r,
+                                         const float *query, int first, int count, int lane)
 {
 	float score = lane < count ? score_key(a, r, query, first + lane) : -CUDART_INF_F;
 	float largest = fmaxf(r.largest, mla_max_lanes(score));
@@ -241,8 +245,8 @@ __device__ __forceinline__ void begin_row(const kk_mla_prefill_args &a, prefill_
 		r.sum[j] = resumes && lane + 32 * j < a.shape.v_dim ? state[lane + 32 * j] : 0.0f;
 }
 
-__device__ __forceinline__ void end_row(const kk_mla_prefill_args &a, const prefill_row &r, float *state,
-                                        __nv_bfloat16 *out, bool goes_on, int lane)
+__device__ __forceinline__ void end_row(const kk_mla_prefill_args &a, const prefill_row &r,
+                                        float *state, __nv_bfloat16 *out, bool goes_on, int lane)
 {
 #pragma unroll
 	for (int j = 0; j < V_LANE; j++) {
@@ -273,13 +277,15 @@ __global__ void __launch_bounds__(THREADS) prefill_general(kk_mla_prefill_args a
 	ptx_wait_predecessor();
 	if (in_tile >= t.rows)
 		return;
-	size_t at = (size_t)row * s.heads + head, kv_stride = (size_t)s.heads * (s.nope_dim + s.v_dim);
+	size_t at = (size_t)row * s.heads + head,
+	       kv_stride = (size_t)s.heads * (s.nope_dim + s.v_dim);
 	float *state = a.state ? a.state + at * (s.v_dim + 2) : nullptr;
 	prefill_row r;
 
 	r.kv_stride = kv_stride;
 	r.k_pe_stride = width;
-	r.kv = (const __nv_bfloat16 *)a.kv + t.offset * kv_stride + (size_t)head * (s.nope_dim + s.v_dim);
+	r.kv = (const __nv_bfloat16 *)a.kv + t.offset * kv_stride +
+	       (size_t)head * (s.nope_dim + s.v_dim);
 	r.k_pe = (const __nv_bfloat16 *)a.latents + (size_t)t.offset * width + s.kv_lora_rank;
 	for (int c = lane; c < key; c += 32)
 		queries[warp][c] = mla_bf16(a.q, at * key + c);

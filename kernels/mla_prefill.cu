@@ -1,27 +1,29 @@
 /*
- * MLA prefill in the plain form: rows of a prompt against keys and values that have been rebuilt from the
- * cached latents (kv_b's product, a matrix product like any other, is not here).
+ * MLA prefill in the plain form: rows of a prompt against keys and values that have been rebuilt
+ * from the cached latents (kv_b's product, a matrix product like any other, is not here).
  *
  * ROOFLINE
- *   For a row, a head and a key: 2 * (192 + 128) flops. A prompt of 8,192 at 64 heads: 1.37 TFLOP, 1.8 ms
- *   at 780 TFLOP/s; the rebuilding of 8,192 tokens another 0.14 TFLOP, 0.18 ms. Bytes: a block of 128 rows
- *   reads 80 kB of keys and values for each 128 keys, from L2, for 2,560 cycles of tensor cores: 32 bytes
- *   a cycle, half of what a multiprocessor can take. Exponentials: 128 x 128 a tile, 1,024 cycles of 16 a
- *   cycle, beside the products. Bound by tensor cores from some hundred keys on.
+ *   For a row, a head and a key: 2 * (192 + 128) flops. A prompt of 8,192 at 64 heads: 1.37 TFLOP,
+ *   1.8 ms at 780 TFLOP/s; the rebuilding of 8,192 tokens another 0.14 TFLOP, 0.18 ms. Bytes: a
+ *   block of 128 rows reads 80 kB of keys and values for each 128 keys, from L2, for 2,560 cycles
+ *   of tensor cores: 32 bytes a cycle, half of what a multiprocessor can take. Exponentials: 128 x
+ *   128 a tile, 1,024 cycles of 16 a cycle, beside the products. Bound by tensor cores from some
+ *   hundred keys on.
  *
  * LADDER
  *   general  mla_general.cu: any shape.
- *   here     nope and v 128, rope 64, on wgmma.
+ *   here     nope and v 128, rope 64, on wgmma. On an H100, 64 heads, prompts of 512 / 2,048 /
+ *            8,192: 30 / 200 / 2,440 to 2,560 us, 180 / 430 / 540 to 560 TFLOP/s. TRIED 14.
  *
- * A block has 128 rows of one head: 64 for each of two warpgroups, a third fetches. Keys are [nope | rope],
- * the rope part the same for all heads, from the gathered latents. Keys and values have two buffers each
- * of 128 tokens, given back apart: the scores of a tile are issued, then the last tile's sum of values,
- * and while that runs the weights of this one are made.
+ * A block has 128 rows of one head: 64 for each of two warpgroups, a third fetches. Keys are [nope
+ * | rope], the rope part the same for all heads, from the gathered latents. Keys and values have
+ * two buffers each of 128 tokens, given back apart: the scores of a tile are issued, then the last
+ * tile's sum of values, and while that runs the weights of this one are made.
  *
  * RULES
- *   A row's keys come in tiles of 128 from the context's start, whichever wave and block they are in; tiles
- *   that a row does not see change nothing in it, bit for bit, so its result depends on its own context
- *   only. Rows' positions rise within a tile; they need not be adjacent.
+ *   A row's keys come in tiles of 128 from the context's start, whichever wave and block they are
+ *   in; tiles that a row does not see change nothing in it, bit for bit, so its result depends on
+ *   its own context only. Rows' positions rise within a tile; they need not be adjacent.
  */
 #include <math_constants.h>
 
@@ -42,7 +44,8 @@ enum {
 	PRODUCERS = 128,
 	THREADS = CONSUMERS + PRODUCERS,
 };
-static_assert(ROWS == 128 && TILE == 128, "two warpgroups of 64 rows; queries and keys have one layout");
+static_assert(ROWS == 128 && TILE == 128,
+              "two warpgroups of 64 rows; queries and keys have one layout");
 
 /* From the start of shared memory, rounded up to 1,024. */
 enum {
@@ -72,7 +75,8 @@ __device__ __forceinline__ int seen_by(const kk_mla_prefill_args &a, const km_ml
 	return a.positions[t.row + min(row, t.rows - 1)] + 1 - t.first;
 }
 
-__device__ __forceinline__ void load_queries(const kk_mla_prefill_args &a, const work &w, char *smem)
+__device__ __forceinline__ void load_queries(const kk_mla_prefill_args &a, const work &w,
+                                             char *smem)
 {
 	constexpr int PIECES = KEY / 8, EACH = ROWS * PIECES / THREADS;
 	uint4 v[EACH];
@@ -81,7 +85,8 @@ __device__ __forceinline__ void load_queries(const kk_mla_prefill_args &a, const
 #pragma unroll
 	for (int i = 0; i < EACH; i++) {
 		int piece = i * THREADS + (int)threadIdx.x, row = piece / PIECES;
-		size_t at = ((size_t)(w.tile.row + row) * a.shape.heads + w.head) * PIECES + piece % PIECES;
+		size_t at = ((size_t)(w.tile.row + row) * a.shape.heads + w.head) * PIECES +
+		            piece % PIECES;
 
 		v[i] = row < w.tile.rows ? ((const uint4 *)a.q)[at] : make_uint4(0, 0, 0, 0);
 	}
@@ -93,29 +98,34 @@ __device__ __forceinline__ void load_queries(const kk_mla_prefill_args &a, const
 	}
 }
 
-/* Thread 8 i + j fetches piece j of each 64 columns of rows i, i + 16, ...; zeros beyond the last token. */
-__device__ __forceinline__ void produce(const kk_mla_prefill_args &a, const work &w, uint32_t smem, int thread)
+/* Thread 8 i + j fetches piece j of each 64 columns of rows i, i + 16, ...; zeros beyond the last
+ * token. */
+__device__ __forceinline__ void produce(const kk_mla_prefill_args &a, const work &w, uint32_t smem,
+                                        int thread)
 {
 	int row = thread / 8, width = a.shape.kv_lora_rank + ROPE;
 	size_t kv_bytes = (size_t)a.shape.heads * (NOPE + VALUE) * 2;
 	const char *kv = (const char *)a.kv + (w.tile.offset + row) * kv_bytes +
 	                 (size_t)w.head * (NOPE + VALUE) * 2 + thread % 8 * 16;
 	const char *pe = (const char *)a.latents +
-	                 ((size_t)(w.tile.offset + row) * width + a.shape.kv_lora_rank) * 2 + thread % 8 * 16;
+	                 ((size_t)(w.tile.offset + row) * width + a.shape.kv_lora_rank) * 2 +
+	                 thread % 8 * 16;
 	uint32_t to = smem + tile_at(row, thread % 8);
 
 #pragma unroll 1
 	for (int n = 0; n < w.steps; n++) {
 		int stage = n % STAGES, left = w.tile.count - n * TILE - row;
 		uint32_t parity = (n / STAGES & 1) ^ 1;
-		uint32_t keys = to + AT_KEYS + stage * KEY_BYTES, values = to + AT_VALUES + stage * VALUE_BYTES;
+		uint32_t keys = to + AT_KEYS + stage * KEY_BYTES,
+			 values = to + AT_VALUES + stage * VALUE_BYTES;
 
 		ptx_mbarrier_wait(smem + AT_KEYS_FREE + 8 * stage, parity);
 #pragma unroll
 		for (int i = 0; i < TILE / 16; i++) {
 			bool valid = i * 16 < left;
 			const char *k = valid ? kv + i * 16 * kv_bytes : (const char *)a.kv;
-			const char *r = valid ? pe + (size_t)i * 16 * width * 2 : (const char *)a.kv;
+			const char *r = valid ? pe + (size_t)i * 16 * width * 2
+			                      : (const char *)a.kv;
 
 			ptx_copy_async(keys + i * 2048, k, valid);
 			ptx_copy_async(keys + COLUMN_BYTES + i * 2048, k + 128, valid);
@@ -126,7 +136,8 @@ __device__ __forceinline__ void produce(const kk_mla_prefill_args &a, const work
 #pragma unroll
 		for (int i = 0; i < TILE / 16; i++) {
 			bool valid = i * 16 < left;
-			const char *v = valid ? kv + i * 16 * kv_bytes + NOPE * 2 : (const char *)a.kv;
+			const char *v = valid ? kv + i * 16 * kv_bytes + NOPE * 2
+			                      : (const char *)a.kv;
 
 			ptx_copy_async(values + i * 2048, v, valid);
 			ptx_copy_async(values + COLUMN_BYTES + i * 2048, v + 128, valid);
@@ -160,7 +171,8 @@ __device__ __forceinline__ void issue_scores(float (&score)[64], uint64_t querie
 	ptx_wgmma_commit();
 }
 
-__device__ __forceinline__ void issue_values(float (&sum)[64], const uint32_t (&weights)[8][4], uint64_t values)
+__device__ __forceinline__ void issue_values(float (&sum)[64], const uint32_t (&weights)[8][4],
+                                             uint64_t values)
 {
 	ptx_wgmma_fence();
 #pragma unroll
@@ -170,8 +182,8 @@ __device__ __forceinline__ void issue_values(float (&sum)[64], const uint32_t (&
 }
 
 /* scores -> weights, in place; what earlier sums are to be multiplied with. */
-__device__ __forceinline__ void weigh(running &s, float (&score)[64], float (&rescale)[2], int first,
-                                      float to_base2, int lane)
+__device__ __forceinline__ void weigh(running &s, float (&score)[64], float (&rescale)[2],
+                                      int first, float to_base2, int lane)
 {
 	float most[2] = {s.largest[0], s.largest[1]};
 
@@ -226,8 +238,9 @@ __device__ __forceinline__ void begin_rows(const kk_mla_prefill_args &a, const w
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
 		bool resumes = w.tile.resumes && row + 8 * h < w.tile.rows;
-		const float *state = a.state + ((size_t)(w.tile.row + row + 8 * h) * a.shape.heads + w.head) *
-		                                       (VALUE + 2);
+		const float *state =
+			a.state +
+			((size_t)(w.tile.row + row + 8 * h) * a.shape.heads + w.head) * (VALUE + 2);
 
 		s.largest[h] = resumes ? state[VALUE] : -CUDART_INF_F;
 		s.total[h] = resumes ? state[VALUE + 1] : 0.0f;
@@ -242,8 +255,9 @@ __device__ __forceinline__ void begin_rows(const kk_mla_prefill_args &a, const w
 	}
 }
 
-__device__ __forceinline__ void end_rows(const kk_mla_prefill_args &a, const work &w, const running &s,
-                                         const float (&sum)[64], int row, int lane)
+__device__ __forceinline__ void end_rows(const kk_mla_prefill_args &a, const work &w,
+                                         const running &s, const float (&sum)[64], int row,
+                                         int lane)
 {
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
@@ -265,14 +279,14 @@ __device__ __forceinline__ void end_rows(const kk_mla_prefill_args &a, const wor
 		}
 #pragma unroll
 		for (int j = 0; j < 16; j++)
-			((uint32_t *)a.out)[(at * VALUE + j * 8) / 2 + lane % 4] =
-				mla_pack(sum[4 * j + 2 * h] * inverse, sum[4 * j + 2 * h + 1] * inverse);
+			((uint32_t *)a.out)[(at * VALUE + j * 8) / 2 + lane % 4] = mla_pack(
+				sum[4 * j + 2 * h] * inverse, sum[4 * j + 2 * h + 1] * inverse);
 	}
 }
 
 /* A warpgroup's way through the keys. */
-__device__ __forceinline__ void consume(const kk_mla_prefill_args &a, const work &w, uint32_t smem, int group,
-                                        int thread)
+__device__ __forceinline__ void consume(const kk_mla_prefill_args &a, const work &w, uint32_t smem,
+                                        int group, int thread)
 {
 	int lane = thread % 32, row = group * 64 + thread / 32 * 16 + lane / 4;
 	uint64_t queries = ptx_wgmma_matrix(smem + AT_QUERY + group * 64 * 128, 16);
@@ -299,10 +313,12 @@ __device__ __forceinline__ void consume(const kk_mla_prefill_args &a, const work
 
 		ptx_mbarrier_wait(smem + AT_KEYS_FULL + 8 * stage, n / STAGES & 1);
 		ptx_fence_async();
-		issue_scores(score, queries, ptx_wgmma_matrix(smem + AT_KEYS + stage * KEY_BYTES, 16));
+		issue_scores(score, queries,
+		             ptx_wgmma_matrix(smem + AT_KEYS + stage * KEY_BYTES, 16));
 		ptx_mbarrier_wait(smem + AT_VALUES_FULL + 8 * last, (n - 1) / STAGES & 1);
 		ptx_fence_async();
-		issue_values(sum, weights, ptx_wgmma_matrix(smem + AT_VALUES + last * VALUE_BYTES, COLUMN_BYTES));
+		issue_values(sum, weights,
+		             ptx_wgmma_matrix(smem + AT_VALUES + last * VALUE_BYTES, COLUMN_BYTES));
 		ptx_wgmma_wait<1>(); /* the scores are done, the values not */
 		if (lane == 0)
 			ptx_mbarrier_arrive(smem + AT_KEYS_FREE + 8 * stage);
@@ -315,7 +331,8 @@ __device__ __forceinline__ void consume(const kk_mla_prefill_args &a, const work
 	int last = (w.steps - 1) % STAGES;
 	ptx_mbarrier_wait(smem + AT_VALUES_FULL + 8 * last, (w.steps - 1) / STAGES & 1);
 	ptx_fence_async();
-	issue_values(sum, weights, ptx_wgmma_matrix(smem + AT_VALUES + last * VALUE_BYTES, COLUMN_BYTES));
+	issue_values(sum, weights,
+	             ptx_wgmma_matrix(smem + AT_VALUES + last * VALUE_BYTES, COLUMN_BYTES));
 	ptx_wgmma_wait<0>();
 	end_rows(a, w, s, sum, row, lane);
 }
@@ -323,7 +340,8 @@ __device__ __forceinline__ void consume(const kk_mla_prefill_args &a, const work
 __global__ void __launch_bounds__(THREADS, 1) prefill(kk_mla_prefill_args a)
 {
 	extern __shared__ char raw[];
-	uint32_t raw_at = (uint32_t)__cvta_generic_to_shared(raw), smem = (raw_at + 1023) / 1024 * 1024;
+	uint32_t raw_at = (uint32_t)__cvta_generic_to_shared(raw),
+		 smem = (raw_at + 1023) / 1024 * 1024;
 	int thread = (int)threadIdx.x, group = thread / 128;
 	work w;
 
@@ -341,7 +359,8 @@ __global__ void __launch_bounds__(THREADS, 1) prefill(kk_mla_prefill_args a)
 	load_queries(a, w, raw + (smem - raw_at));
 	ptx_fence_async();
 	__syncthreads(); /* the queries are written, the barriers begun */
-	/* 168 a thread at the start: what 128 threads give up is what 256 get, or they wait for ever */
+	/* 168 a thread at the start: what 128 threads give up is what 256 get, or they wait for
+	 * ever */
 	if (group == CONSUMERS / 128) {
 		ptx_fewer_registers<24>();
 		produce(a, w, smem, thread - CONSUMERS);
@@ -356,13 +375,14 @@ extern "C" cudaError_t kk_mla_prefill(const kk_mla_prefill_args *a, cudaStream_t
 	const km_mla_shape *s = &a->shape;
 	cudaError_t rc;
 
-	if (s->nope_dim != NOPE || s->rope_dim != ROPE || s->v_dim != VALUE || s->kv_lora_rank % 8 ||
-	    s->heads > 65535)
+	if (s->nope_dim != NOPE || s->rope_dim != ROPE || s->v_dim != VALUE ||
+	    s->kv_lora_rank % 8 || s->heads > 65535)
 		return cudaErrorInvalidValue;
 	rc = cudaFuncSetAttribute(prefill, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
 	if (rc != cudaSuccess)
 		return rc;
-	return mla_launch(prefill, dim3(a->tile_count, s->heads), THREADS, SMEM_BYTES, a->pdl, stream, *a);
+	return mla_launch(prefill, dim3(a->tile_count, s->heads), THREADS, SMEM_BYTES, a->pdl,
+	                  stream, *a);
 }
 
 /* Cached tokens, wherever their pages are, to adjacent rows, as bf16. Block: a run. */

@@ -1,14 +1,15 @@
 /*
- * Norm and rope of what goes to the cache, rope of the queries that need no absorbing, in one launch.
+ * Norm and rope of what goes to the cache, rope of the queries that need no absorbing, in one
+ * launch.
  *
  * ROOFLINE
- *   A decoding row reads 2.3 kB (kv_a, f32) and writes 1.2 (bf16 cache): nothing, so a launch (1 us). A
- *   prompt's row also rotates 64 values of each head in place, 16 kB at 64 heads: 8,192 rows 134 MB of
- *   half-used sectors, 45 us on H100, against 8 ms for the layer.
+ *   A decoding row reads 2.3 kB (kv_a, f32) and writes 1.2 (bf16 cache): nothing, so a launch (1
+ *   us). A prompt's row also rotates 64 values of each head in place, 16 kB at 64 heads: 8,192 rows
+ *   134 MB of half-used sectors, 45 us on H100, against 8 ms for the layer.
  *
  * RULES
- *   A row's norm: each lane sums its columns in rising order, the lanes in a butterfly. No row depends
- *   on another. Positions and slots were checked by the model.
+ *   A row's norm: each lane sums its columns in rising order, the lanes in a butterfly. No row
+ *   depends on another. Positions and slots were checked by the model.
  */
 #include "mla.cuh"
 
@@ -26,16 +27,19 @@ __device__ __forceinline__ void store8(void *cache, bool fp8, size_t at, const f
 		uint32_t word[2] = {};
 
 		for (int i = 0; i < 8; i++)
-			word[i / 4] |= (uint32_t)__nv_cvt_float_to_fp8(v[i], __NV_SATFINITE, __NV_E4M3)
-			               << i % 4 * 8;
+			word[i / 4] |=
+				(uint32_t)__nv_cvt_float_to_fp8(v[i], __NV_SATFINITE, __NV_E4M3)
+				<< i % 4 * 8;
 		*(uint2 *)((char *)cache + at) = make_uint2(word[0], word[1]);
 	} else {
-		*(uint4 *)((char *)cache + at * 2) = make_uint4(mla_pack(v[0], v[1]), mla_pack(v[2], v[3]),
-		                                                mla_pack(v[4], v[5]), mla_pack(v[6], v[7]));
+		*(uint4 *)((char *)cache + at * 2) =
+			make_uint4(mla_pack(v[0], v[1]), mla_pack(v[2], v[3]), mla_pack(v[4], v[5]),
+		                   mla_pack(v[6], v[7]));
 	}
 }
 
-__device__ __forceinline__ float norm_factor(const kk_rope_kv_args &a, const float *latent, int lane)
+__device__ __forceinline__ float norm_factor(const kk_rope_kv_args &a, const float *latent,
+                                             int lane)
 {
 	float sum = 0.0f;
 
