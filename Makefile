@@ -73,7 +73,7 @@ tests := $(patsubst tests/%.c,%,$(sort $(wildcard tests/test_*.c)))
 test_bin := $(tests:%=$(BUILD)/tests/%)
 support_obj := $(patsubst %.c,$(BUILD)/%.o,$(sort $(wildcard tests/support/*.c)))
 benches := $(patsubst tests/%.c,$(BUILD)/tests/%,$(sort $(wildcard tests/bench_*.c)))
-gpu_tests := $(if $(filter 1,$(CUDA)),$(patsubst tests/%.c,$(BUILD)/tests/%,$(sort $(wildcard tests/gpu/test_*.c))))
+gpu_tests := $(if $(filter 1,$(CUDA)),$(patsubst tests/%.c,$(BUILD)/tests/%,$(sort $(wildcard tests/gpu/test_*.c tests/gpu/bench_*.c))))
 fuzzers := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 
 .PHONY: all tests bench gpu-tests demo check install deps clean lint fuzz list-tests list-fuzzers
@@ -153,7 +153,7 @@ $(BUILD)/tests/test_%: $(BUILD)/tests/test_%.o $(BUILD)/libsupport.a $(BUILD)/li
 	$(call say,LINK)
 	$(Q)$(CC) $(ALL_LDFLAGS) $^ -lcmocka $(LDLIBS) -o $@
 
-$(BUILD)/tests/gpu/test_%: $(BUILD)/tests/gpu/test_%.o $(BUILD)/libcore.a
+$(BUILD)/tests/gpu/%: $(BUILD)/tests/gpu/%.o $(BUILD)/libsupport.a $(BUILD)/libcore.a
 	$(call say,LINK)
 	$(Q)$(CC) $(ALL_LDFLAGS) $^ -lcmocka $(LDLIBS) -o $@
 

@@ -7,11 +7,14 @@
  *   H200. It is latency: a launch, and what runs in a row between barriers.
  *
  * LADDER (us a call, E = 384, top 8, block 8, 1 / 8 / 64 / 1,024 tokens; launches overlapping)
- *   chunks   two launches: count, then place                      - / - / - / 7.6
+ *   chunks   two launches: count, then place                      - / - / - / 7.6 (40,000: 66)
+ *   scan     three: count, sum over the chunks, place             - / - / - / 8.1 (40,000: 22)
  *   bits     one block; a bit for each place of each expert       - / - / 3.7 / -
  *   pairs    one block; each place looks at every other           1.5 / 2.2 / - / -
- *   In one launch with the gate 2.3 / 3.1 / 5.7 / -. Best of others (SGLang): 1.1 / 3.4 / 4.4 / 7.2.
- *   TRIED 5, 7, 10.
+ *   words    one block; counts of 32 places, then their sums      - / - / 2.2 / -
+ *   and one warp to 32 places, four threads a place to 64         1.2 / 1.6 / - / -
+ *   In one launch with the gate 2.2 / 2.7 / 4.5 / -. Best of others (SGLang): 1.1 / 3.4 / 4.4 / 7.2.
+ *   TRIED 5, 7, 10, 19, 20.
  *
  * RULES
  *   Ids are checked here: what is outside [0, experts) takes no place, and no memory is touched for it.

@@ -83,11 +83,10 @@ struct __align__(16) gate_scratch {
 };
 
 /*
- * Rehearsal. Code that runs once a launch waits for its instructions: one row's gate took 2,000 cycles, of
- * which a launch that ran it twice took half the second time. So where launches overlap, and a block has
- * little to do, it first runs everything on a row of its own making, while it would be waiting for its
- * predecessor; nothing leaves the multiprocessor. `live` is 0 then. The compiler must not know that
- * it is 1 the second time, or it makes two copies of the code.
+ * Rehearsal (TRIED 20). Where launches overlap, and a block has little to do, it first runs everything on a
+ * row of its own making, while it would be waiting for its predecessor; nothing leaves the
+ * multiprocessor. `live` is 0 then. The compiler must not know that it is 1 the second time, or it makes
+ * two copies of the code.
  */
 __device__ __forceinline__ int gate_go_live()
 {

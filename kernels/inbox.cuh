@@ -2,7 +2,7 @@
  * Sums sent from block to block of a cluster. The receiver opens its inbox for a number of bytes before it
  * first arrives at the cluster's barrier; senders write once they have waited there; the receiver waits
  * for the bytes. Nobody waits for the senders' stores to be acknowledged and for a second barrier, which
- * took 1,500 cycles; a block that receives nothing may end while its own are on their way (TRIED 12).
+ * took 1,500 cycles; a block that receives nothing may end while its own are on their way (TRIED 16).
  *
  * sm_90 and later; a trap before.
  */

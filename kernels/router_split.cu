@@ -7,7 +7,12 @@
  *   all (experts / BE) times x and (tokens / 64 WGS) times w.
  *
  * LADDER
- *   @LADDER@
+ *   (us a call, E = 384, H = 7168, 32 / 64 / 128 tokens; weights cold, launches overlapping)
+ *   resident, as it was  5.3 / 7.6 / 12.8  router_gemm.cu; groups of experts take all of x from L2
+ *   split                4.7 / 6.1 / 8.7   fewer groups, tensor cores fed from shared memory
+ *   wide sums            4.3 / 5.4 / 7.4   sums through shared memory, 16 bytes a lane (TRIED 15)
+ *   inbox                5.0 / 5.1 / 6.8   no barrier to say that they have arrived (TRIED 16)
+ *   Best of others: 7.9 / 8.2 / 9.0 (cuBLAS). TRIED 17, 18.
  *
  * RULES
  *   Order of a logit's sum: the tensor cores' over a block's 448 columns, then the blocks in rising order
@@ -112,7 +117,7 @@ __device__ __forceinline__ void keep_sums(const float (&d)[BE / 2], float *tile)
 }
 
 /* Sends the tile's rows to the blocks that own their tokens, in pieces of 16 bytes, neighbours together:
- * straight from the products' registers, in pieces of 8, it took 2.4 us more at 64 tokens (TRIED 11). */
+ * straight from the products' registers, in pieces of 8, it took 2.4 us more at 64 tokens (TRIED 15). */
 template <int OWN, int BE, int THREADS>
 __device__ __forceinline__ void send_sums(const float *tile, float *sums, uint64_t *inbox, int tokens, int own,
                                           int rank)

@@ -1,11 +1,12 @@
 /*
- * bench_ops [OPTION]...: speed of the ops on this machine's CPU, on the shapes of the mini model (or of
- * K2 with --shape k2).
+ * bench_ops [OPTION]...: speed of the ops on this machine's CPU, on the shapes of the mini model
+ * (or of K2 with --shape k2).
  *
- * Bytes and flops are the ops' own costs. GB/s are shown as a share of the read bandwidth, GFLOP/s as a
- * share of the f32 multiply-add peak, both measured here first with the same threads. Each case walks
- * over several copies of its weights, more than fit the cache, as a model's layers do. Rates and
- * shares are those of the best run, since the machine may have other work; the median stands beside.
+ * Bytes and flops are the ops' own costs. GB/s are shown as a share of the read bandwidth, GFLOP/s
+ * as a share of the f32 multiply-add peak, both measured here first with the same threads. Each
+ * case walks over several copies of its weights, more than fit the cache, as a model's layers do.
+ * Rates and shares are those of the best run, since the machine may have other work; the median
+ * stands beside.
  */
 #include <math.h>
 #include <omp.h>
@@ -28,16 +29,17 @@ struct values {
 };
 
 static const km_option table[] = {
-	{ .kind = KM_OPT_INT, .names = "threads,t", .arg = "N", .offset = offsetof(struct values, threads),
-	  .help = "threads; 0: all", .max = 4096 },
-	{ .kind = KM_OPT_INT, .names = "copies", .arg = "MIB", .offset = offsetof(struct values, copies_mib),
+	{ .kind = KM_OPT_INT, .names = "threads,t", .arg = "N",
+	  .offset = offsetof(struct values, threads), .help = "threads; 0: all", .max = 4096 },
+	{ .kind = KM_OPT_INT, .names = "copies", .arg = "MIB",
+	  .offset = offsetof(struct values, copies_mib),
 	  .help = "weights that a case walks over, in MiB (256)", .min = 1, .max = 65536 },
-	{ .kind = KM_OPT_STRING, .names = "isa", .arg = "NAME", .offset = offsetof(struct values, isa),
-	  .help = "form (the best)" },
-	{ .kind = KM_OPT_STRING, .names = "only", .arg = "TEXT", .offset = offsetof(struct values, only),
-	  .help = "cases whose name has TEXT in it" },
-	{ .kind = KM_OPT_CHOICE, .names = "shape", .arg = "NAME", .offset = offsetof(struct values, shape),
-	  .choices = "mini|k2", .help = "model (mini)" },
+	{ .kind = KM_OPT_STRING, .names = "isa", .arg = "NAME",
+	  .offset = offsetof(struct values, isa), .help = "form (the best)" },
+	{ .kind = KM_OPT_STRING, .names = "only", .arg = "TEXT",
+	  .offset = offsetof(struct values, only), .help = "cases whose name has TEXT in it" },
+	{ .kind = KM_OPT_CHOICE, .names = "shape", .arg = "NAME",
+	  .offset = offsetof(struct values, shape), .choices = "mini|k2", .help = "model (mini)" },
 };
 
 static const km_usage usage = { "bench_ops", "[OPTION]...", "speed of the ops", table,
@@ -134,8 +136,8 @@ static double peak_gflops(const km_ops *ops)
 
 #pragma omp parallel reduction(+ : sum)
 		sum += wide ? fma_512(rounds) : fma_256(rounds);
-		best = fmax(best, (double)rounds * 12 * 2 * (wide ? 16 : 8) * omp_get_max_threads() /
-		                          (km_now_s() - start) * 1e-9);
+		best = fmax(best, (double)rounds * 12 * 2 * (wide ? 16 : 8) *
+		                          omp_get_max_threads() / (km_now_s() - start) * 1e-9);
 		if (sum == 1)
 			puts("");
 	}
@@ -182,8 +184,8 @@ static void run_bench(const machine *m, const bench *b)
 	qsort(seconds, (size_t)runs, sizeof(*seconds), by_value);
 	gbs = cost.bytes / seconds[0] * 1e-9;
 	gflops = cost.flops / seconds[0] * 1e-9;
-	printf("%-36s %9.1f us (median %9.1f) %7.1f GB/s %4.0f%% %8.1f GFLOP/s", b->name, seconds[0] * 1e6,
-	       seconds[runs / 2] * 1e6, gbs, 100 * gbs / m->read_gbs, gflops);
+	printf("%-36s %9.1f us (median %9.1f) %7.1f GB/s %4.0f%% %8.1f GFLOP/s", b->name,
+	       seconds[0] * 1e6, seconds[runs / 2] * 1e6, gbs, 100 * gbs / m->read_gbs, gflops);
 	if (m->peak_gflops > 0)
 		printf(" %4.0f%%", 100 * gflops / m->peak_gflops);
 	putchar('\n');
@@ -227,14 +229,17 @@ static void bench_linear(const machine *m, const char *what, const weight_case *
 	for (int i = 0; i < b.variants; i++)
 		data.weights[i] = op_case_weight(c, (uint64_t)i);
 	x = op_case_floats((size_t)512 * (size_t)c->cols, 1);
-	y = op_case_floats((size_t)512 * (size_t)(c->rows > 10000 ? 1 : c->rows) + (size_t)c->rows * 16, 2);
+	y = op_case_floats(
+		(size_t)512 * (size_t)(c->rows > 10000 ? 1 : c->rows) + (size_t)c->rows * 16, 2);
 	for (int t = 0; t < (int)(sizeof(tokens) / sizeof(*tokens)); t++) {
 		if (c->rows > 10000 && tokens[t] > 16)
 			continue;
 		for (int i = 0; i < b.variants; i++)
-			data.args[i] = (km_linear_args){ tokens[t], x, c->cols, &data.weights[i], y, c->rows, false };
-		snprintf(b.name, sizeof(b.name), "linear %s %dx%d, %d row%s", what, c->rows, c->cols, tokens[t],
-		         tokens[t] > 1 ? "s" : "");
+			data.args[i] =
+				(km_linear_args){ tokens[t], x,       c->cols, &data.weights[i],
+				                  y,         c->rows, false };
+		snprintf(b.name, sizeof(b.name), "linear %s %dx%d, %d row%s", what, c->rows,
+		         c->cols, tokens[t], tokens[t] > 1 ? "s" : "");
 		run_bench(m, &b);
 	}
 	for (int i = 0; i < b.variants; i++)
@@ -255,10 +260,14 @@ static void bench_linears(const machine *m, const shape *s)
 		            .block_cols = 128, .scale_dtype = KM_F32 };
 
 	bench_linear(m, "q_a bf16", &(weight_case){ KM_W_BF16, s->q_lora, s->hidden, 0, 0, 0, 0 });
-	bench_linear(m, "q_b bf16", &(weight_case){ KM_W_BF16, s->heads * key, s->q_lora, 0, 0, 0, 0 });
-	bench_linear(m, "kv_a bf16", &(weight_case){ KM_W_BF16, s->lora + s->rope, s->hidden, 0, 0, 0, 0 });
-	bench_linear(m, "o bf16", &(weight_case){ KM_W_BF16, s->hidden, s->heads * s->v, 0, 0, 0, 0 });
-	bench_linear(m, "router bf16", &(weight_case){ KM_W_BF16, s->experts, s->hidden, 0, 0, 0, 0 });
+	bench_linear(m, "q_b bf16",
+	             &(weight_case){ KM_W_BF16, s->heads * key, s->q_lora, 0, 0, 0, 0 });
+	bench_linear(m, "kv_a bf16",
+	             &(weight_case){ KM_W_BF16, s->lora + s->rope, s->hidden, 0, 0, 0, 0 });
+	bench_linear(m, "o bf16",
+	             &(weight_case){ KM_W_BF16, s->hidden, s->heads * s->v, 0, 0, 0, 0 });
+	bench_linear(m, "router bf16",
+	             &(weight_case){ KM_W_BF16, s->experts, s->hidden, 0, 0, 0, 0 });
 	bench_linear(m, "f32", &(weight_case){ KM_W_F32, 1024, s->hidden, 0, 0, 0, 0 });
 	bench_linear(m, "f16", &(weight_case){ KM_W_F16, 4096, s->hidden, 0, 0, 0, 0 });
 	bench_linear(m, "int4", &int4);
@@ -285,8 +294,10 @@ static void random_experts(int32_t *ids, int tokens, int top_k, int experts, uin
 			bool again = true;
 
 			for (uint64_t try = 0; again; try++) {
-				ids[t * top_k + k] = (int32_t)(km_rng_u64(seed + try, (uint64_t)(t * top_k + k)) %
-				                               (uint64_t)experts);
+				ids[t * top_k + k] =
+					(int32_t)(km_rng_u64(seed + try,
+				                             (uint64_t)(t * top_k + k)) %
+				                  (uint64_t)experts);
 				again = false;
 				for (int j = 0; j < k; j++)
 					again |= ids[t * top_k + j] == ids[t * top_k + k];
@@ -297,7 +308,10 @@ static void random_experts(int32_t *ids, int tokens, int top_k, int experts, uin
 static void bench_moe(const machine *m, const shape *s)
 {
 	static const int tokens[] = { 1, 2, 8, 64, 512 };
-	weight_case up = { .type = KM_W_INT4, .rows = s->moe_intermediate, .cols = s->hidden, .group = 32,
+	weight_case up = { .type = KM_W_INT4,
+		           .rows = s->moe_intermediate,
+		           .cols = s->hidden,
+		           .group = 32,
 		           .scale_dtype = KM_BF16 };
 	weight_case down = up;
 	km_moe_args args[MOE_VARIANTS];
@@ -316,22 +330,30 @@ static void bench_moe(const machine *m, const shape *s)
 		size_t pairs = (size_t)tokens[i] * (size_t)s->top_k;
 		int32_t *ids = km_xcalloc(pairs * MOE_VARIANTS, sizeof(*ids));
 		km_moe_args a = {
-			.tokens = tokens[i], .experts = s->experts, .top_k = s->top_k, .hidden = s->hidden,
-			.intermediate = s->moe_intermediate, .gate = weights, .up = weights + s->experts,
-			.down = weights + s->experts * 2, .routed_scale = 1e-3f,
+			.tokens = tokens[i],
+			.experts = s->experts,
+			.top_k = s->top_k,
+			.hidden = s->hidden,
+			.intermediate = s->moe_intermediate,
+			.gate = weights,
+			.up = weights + s->experts,
+			.down = weights + s->experts * 2,
+			.routed_scale = 1e-3f,
 			.x = op_case_floats((size_t)tokens[i] * (size_t)s->hidden, 5),
 			.y = op_case_floats((size_t)tokens[i] * (size_t)s->hidden, 6),
 			.weights = op_case_floats(pairs, 7),
 		};
 
-		a.scratch = aligned_alloc(64, km_moe_scratch_bytes(&a, a.tokens, omp_get_max_threads()));
+		a.scratch = aligned_alloc(
+			64, km_moe_scratch_bytes(&a, a.tokens, omp_get_max_threads()));
 		for (int v = 0; v < MOE_VARIANTS; v++) {
-			random_experts(ids + pairs * (size_t)v, a.tokens, a.top_k, a.experts, (uint64_t)v * 1000);
+			random_experts(ids + pairs * (size_t)v, a.tokens, a.top_k, a.experts,
+			               (uint64_t)v * 1000);
 			args[v] = a;
 			args[v].ids = ids + pairs * (size_t)v;
 		}
-		snprintf(b.name, sizeof(b.name), "moe int4 top %d of %d, %d row%s", s->top_k, s->experts,
-		         a.tokens, a.tokens > 1 ? "s" : "");
+		snprintf(b.name, sizeof(b.name), "moe int4 top %d of %d, %d row%s", s->top_k,
+		         s->experts, a.tokens, a.tokens > 1 ? "s" : "");
 		run_bench(m, &b);
 		free((void *)(uintptr_t)a.x);
 		free((void *)(uintptr_t)a.weights);
@@ -362,7 +384,9 @@ static const void *mla_args(const bench *b, int variant)
 static void bench_mla(const machine *m, const shape *s, int past, int rows, enum km_kv_dtype dtype)
 {
 	enum { VARIANTS = 4 };
-	weight_case kv_b = { .type = KM_W_BF16, .rows = s->heads * (s->nope + s->v), .cols = s->lora };
+	weight_case kv_b = { .type = KM_W_BF16,
+		             .rows = s->heads * (s->nope + s->v),
+		             .cols = s->lora };
 	bool decode = rows == 1;
 	km_mla_args args[VARIANTS];
 	km_weight weights[VARIANTS];
@@ -379,14 +403,23 @@ static void bench_mla(const machine *m, const shape *s, int past, int rows, enum
 	for (int v = 0; v < VARIANTS; v++) {
 		weights[v] = op_case_weight(&kv_b, (uint64_t)v);
 		args[v] = (km_mla_args){
-			.batch = &step.batch, .heads = s->heads, .nope_dim = s->nope, .rope_dim = s->rope,
-			.v_dim = s->v, .kv_lora_rank = s->lora, .kv_b = &weights[v], .kv_dtype = dtype,
-			.cache = op_case_cache(dtype, (size_t)step.slot_count * size, (uint64_t)v), .scale = 0.1f,
-			.q = op_case_floats((size_t)rows * (size_t)(s->heads * (s->nope + s->rope)), 3),
+			.batch = &step.batch,
+			.heads = s->heads,
+			.nope_dim = s->nope,
+			.rope_dim = s->rope,
+			.v_dim = s->v,
+			.kv_lora_rank = s->lora,
+			.kv_b = &weights[v],
+			.kv_dtype = dtype,
+			.cache = op_case_cache(dtype, (size_t)step.slot_count * size, (uint64_t)v),
+			.scale = 0.1f,
+			.q = op_case_floats((size_t)rows * (size_t)(s->heads * (s->nope + s->rope)),
+			                    3),
 			.out = op_case_floats(out, 4),
 		};
-		args[v].scratch = aligned_alloc(64, km_mla_scratch_bytes(&args[v], rows, past + rows,
-		                                                         omp_get_max_threads()));
+		args[v].scratch =
+			aligned_alloc(64, km_mla_scratch_bytes(&args[v], rows, past + rows,
+		                                               omp_get_max_threads()));
 	}
 	run_bench(m, &b);
 	for (int v = 0; v < VARIANTS; v++) {
@@ -430,7 +463,8 @@ static const void *small_args(const bench *b, int variant)
 static void bench_small(const machine *m, const shape *s, int tokens)
 {
 	size_t size = (size_t)tokens * (size_t)s->hidden;
-	float *x = op_case_floats(size, 1), *y = op_case_floats(size, 2), *z = op_case_floats(size, 3);
+	float *x = op_case_floats(size, 1), *y = op_case_floats(size, 2),
+	      *z = op_case_floats(size, 3);
 	int32_t *ids = km_xcalloc((size_t)tokens * (size_t)s->top_k, sizeof(*ids));
 	km_rmsnorm_args norm = { tokens, s->hidden, x, s->hidden, z, y, 1e-6f, y, s->hidden };
 	km_silu_mul_args silu = { tokens, s->hidden, x, y, s->hidden, z };
@@ -468,7 +502,8 @@ int main(int argc, char **argv)
 	if (rc == KM_OPTION_DONE)
 		return 0;
 	if (rc < 0 || !(m.ops = km_cpu_ops(values.isa))) {
-		fprintf(stderr, "bench_ops: %s\n", rc < 0 ? err.msg : "this machine cannot run that form");
+		fprintf(stderr, "bench_ops: %s\n",
+		        rc < 0 ? err.msg : "this machine cannot run that form");
 		return 2;
 	}
 	if (values.threads)
@@ -476,8 +511,8 @@ int main(int argc, char **argv)
 	s = !strcmp(values.shape, "k2") ? &k2 : &mini;
 	m.read_gbs = read_bandwidth();
 	m.peak_gflops = peak_gflops(m.ops);
-	printf("%s form, %d threads; this machine reads %.1f GB/s and multiplies %.0f GFLOP/s\n", m.ops->name,
-	       omp_get_max_threads(), m.read_gbs, m.peak_gflops);
+	printf("%s form, %d threads; this machine reads %.1f GB/s and multiplies %.0f GFLOP/s\n",
+	       m.ops->name, omp_get_max_threads(), m.read_gbs, m.peak_gflops);
 	bench_linears(&m, s);
 	bench_moe(&m, s);
 	bench_attention(&m, s);

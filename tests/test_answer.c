@@ -398,6 +398,30 @@ static void reasoning_comes_apart_from_content(void **state)
 	joined_release(&j);
 }
 
+/* A section, or a call without one, ends the think block that is open. */
+static void reasoning_tokens_end_where_reasoning_does(void **state)
+{
+	static const char call[] = B "functions.f:0" A "{}" E;
+	static const char *const begins[] = { "", "</think>", S };
+	int64_t tokens[3];
+
+	for (int i = 0; i < 3; i++) {
+		char *output = km_xasprintf("hmm%s%s", begins[i], call);
+		struct run run = { .f = *state, .output = output, .in_reasoning = true,
+			           .finish = KM_FINISH_STOP };
+		struct joined j;
+
+		json_decref(both_ways(run, tools, &j));
+		assert_string_equal(text(&j.reasoning), "hmm");
+		assert_int_equal(j.calls, 1);
+		tokens[i] = j.reasoning_tokens;
+		joined_release(&j);
+		free(output);
+	}
+	assert_int_equal(tokens[0], tokens[2]);
+	assert_int_equal(tokens[1], tokens[0] + 1); /* </think> is a token of reasoning */
+}
+
 /* stream_reasoning false: one reasoning chunk, before the first of content. */
 static void reasoning_can_come_in_one_piece(void **state)
 {
@@ -605,7 +629,7 @@ static void completions_echo_and_score_the_prompt(void **state)
 	                 0);
 	answer = km_answer_new(&f->model, &r, prompts, "cmpl-1");
 	for (int i = 1; i < 3; i++) {
-		km_logprob top = { 66, -0.25f };
+		km_logprob top = { i == 1 ? 66 : 0xc8, -0.25f };
 		km_prompt_logprob p = { i, prompt[i], -1.5f - (float)i, &top, 1 };
 
 		km_queue_prompt_logprob(&queue, 0, &p);
@@ -628,6 +652,9 @@ static void completions_echo_and_score_the_prompt(void **state)
 	assert_true(json_is_null(json_array_get(json_object_get(lp, "top_logprobs"), 0)));
 	assert_int_equal(json_object_size(json_array_get(json_object_get(lp, "top_logprobs"), 1)),
 	                 2);
+	/* half a character has no name in JSON but its bytes' */
+	assert_non_null(json_object_get(json_array_get(json_object_get(lp, "top_logprobs"), 2),
+	                                "bytes:\\xc8"));
 	assert_int_equal(json_integer_value(json_array_get(json_object_get(lp, "text_offset"), 2)),
 	                 2);
 	json_decref(json);
@@ -718,6 +745,7 @@ int main(void)
 		cmocka_unit_test(content_streams_in_whole_characters),
 		cmocka_unit_test(half_a_character_at_the_end_is_replaced),
 		cmocka_unit_test(reasoning_comes_apart_from_content),
+		cmocka_unit_test(reasoning_tokens_end_where_reasoning_does),
 		cmocka_unit_test(reasoning_can_come_in_one_piece),
 		cmocka_unit_test(tool_calls_carry_ids_and_arguments),
 		cmocka_unit_test(ids_go_on_from_the_history),

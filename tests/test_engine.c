@@ -321,6 +321,44 @@ static void texts_end_where_they_should(void **state)
 	fake_close(engine, &model);
 }
 
+/* Sixteen tokens are equally far above the rest, and logits differ by less than the penalty: a
+ * token that was said cannot be said again before the others. */
+static void what_was_said_is_penalised(void **state)
+{
+	int32_t prompt[6];
+	km_logit_bias bias[16];
+	fake_model model = { .spread = 0.2f };
+	km_engine *engine = default_engine(&model);
+	km_request_options options;
+
+	(void)state;
+	text_of(prompt, 6, 1);
+	client_options(&options, prompt, 6);
+	for (int i = 0; i < 16; i++)
+		bias[i] = (km_logit_bias){ .id = 20 + i, .bias = 100 };
+	options.sampling.bias = bias;
+	options.sampling.bias_count = 16;
+	options.n = 2;
+	for (int penalty = 0; penalty < 2; penalty++) {
+		client *c;
+
+		options.sampling.frequency_penalty = penalty ? 0 : 2;
+		options.sampling.presence_penalty = penalty ? 2 : 0;
+		options.sampling.temperature = 0.01; /* nothing but the best, samples differ */
+		c = ask(engine, &options);
+		for (int s = 0; s < 2; s++) {
+			uint64_t seen = 0;
+
+			assert_int_equal(c->samples[s].count, 16);
+			for (int i = 0; i < 16; i++)
+				seen |= UINT64_C(1) << (c->samples[s].ids[i] - 20);
+			assert_int_equal(seen, 0xffff);
+		}
+		client_free(c);
+	}
+	fake_close(engine, &model);
+}
+
 /* Any piece of the text as a stop string, whatever tokens it lies in: the text ends before its
  * first occurrence, and otherwise is all there. */
 static void stop_strings_cut_the_text(void **state)
@@ -929,6 +967,7 @@ int main(void)
 		cmocka_unit_test(a_prefix_gives_the_same_tokens),
 		cmocka_unit_test(samples_equal_requests_with_their_seeds),
 		cmocka_unit_test(texts_end_where_they_should),
+		cmocka_unit_test(what_was_said_is_penalised),
 		cmocka_unit_test(stop_strings_cut_the_text),
 		cmocka_unit_test(markers_come_alone),
 		cmocka_unit_test(prompts_are_scored_however_cut),

@@ -1,4 +1,5 @@
-/* The int4 expert layout: each nibble and scale where the header's drawing says, and the way back. */
+/* The int4 expert layout: each nibble and scale where the header's drawing says, and the way
+ * back. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -15,7 +16,8 @@
 
 static km_int4_matrix random_matrix(int rows, int cols, int group, uint64_t seed)
 {
-	size_t words = (size_t)rows * (size_t)cols / 8, scales = (size_t)rows * (size_t)(cols / group);
+	size_t words = (size_t)rows * (size_t)cols / 8,
+	       scales = (size_t)rows * (size_t)(cols / group);
 	km_int4_matrix m = { km_xmalloc(words * 4), km_xmalloc(scales * 2) };
 
 	for (size_t i = 0; i < words; i++)
@@ -47,47 +49,57 @@ static unsigned packed_code(const uint8_t *packed, int cols, int group, int row,
 	int c = col % 128, g = row % 8, t = c % 8 / 2, half = c / 64, step = c % 64 / 16;
 	size_t word = (size_t)((half * 32 + g * 4 + t) * 4 + step);
 	int bit = 4 * (row % 16 / 8) + 8 * (c % 16 / 8) + 16 * (c % 2);
-	const uint8_t *record = packed + ((size_t)(row / 16) * (size_t)(cols / 128) + (size_t)(col / 128)) *
-	                                         (size_t)KM_MOE_RECORD_BYTES(group);
+	const uint8_t *record =
+		packed + ((size_t)(row / 16) * (size_t)(cols / 128) + (size_t)(col / 128)) *
+				 (size_t)KM_MOE_RECORD_BYTES(group);
 
 	return record[4 * word + (size_t)(bit / 8)] >> bit % 8 & 15;
 }
 
 static uint16_t packed_scale(const uint8_t *packed, int cols, int group, int row, int col)
 {
-	const uint8_t *record = packed + ((size_t)(row / 16) * (size_t)(cols / 128) + (size_t)(col / 128)) *
-	                                         (size_t)KM_MOE_RECORD_BYTES(group);
-	const uint8_t *s = record + 1024 + row % 8 * (128 / group) * 4 + col % 128 / group * 4 + row % 16 / 8 * 2;
+	const uint8_t *record =
+		packed + ((size_t)(row / 16) * (size_t)(cols / 128) + (size_t)(col / 128)) *
+				 (size_t)KM_MOE_RECORD_BYTES(group);
+	const uint8_t *s = record + 1024 + row % 8 * (128 / group) * 4 + col % 128 / group * 4 +
+	                   row % 16 / 8 * 2;
 
 	return (uint16_t)(s[0] | s[1] << 8);
 }
 
-static void assert_same(const km_int4_matrix *a, const km_int4_matrix *b, int rows, int cols, int group)
+static void assert_same(const km_int4_matrix *a, const km_int4_matrix *b, int rows, int cols,
+                        int group)
 {
 	assert_memory_equal(a->codes, b->codes, (size_t)rows * (size_t)cols / 2);
 	assert_memory_equal(a->scales, b->scales, (size_t)rows * (size_t)(cols / group) * 2);
 }
 
-static const int shapes[][3] = { { 128, 128, 32 }, { 384, 256, 64 }, { 256, 384, 128 }, { 512, 128, 32 } };
+static const int shapes[][3] = {
+	{ 128, 128, 32 }, { 384, 256, 64 }, { 256, 384, 128 }, { 512, 128, 32 }
+};
 
 static void test_gate_up(void **state)
 {
 	(void)state;
 	for (size_t i = 0; i < sizeof(shapes) / sizeof(*shapes); i++) {
 		int hidden = shapes[i][0], mid = shapes[i][1], group = shapes[i][2];
-		km_int4_matrix gate = random_matrix(mid, hidden, group, 3), up = random_matrix(mid, hidden, group, 5);
-		km_int4_matrix gate2 = random_matrix(mid, hidden, group, 7), up2 = random_matrix(mid, hidden, group, 9);
+		km_int4_matrix gate = random_matrix(mid, hidden, group, 3),
+			       up = random_matrix(mid, hidden, group, 5);
+		km_int4_matrix gate2 = random_matrix(mid, hidden, group, 7),
+			       up2 = random_matrix(mid, hidden, group, 9);
 		size_t bytes = km_moe_gate_up_bytes(hidden, mid, group);
 		uint8_t *packed = km_xmalloc(bytes);
 
-		assert_int_equal(bytes, (size_t)mid * (size_t)hidden + (size_t)mid * (size_t)(hidden / group) * 4);
+		assert_int_equal(bytes, (size_t)mid * (size_t)hidden +
+		                                (size_t)mid * (size_t)(hidden / group) * 4);
 		km_moe_pack_gate_up(hidden, mid, group, &gate, &up, packed);
 		for (int r = 0; r < 2 * mid; r++)
 			for (int c = 0; c < hidden; c++) {
 				const km_int4_matrix *m = r % 16 < 8 ? &gate : &up;
 				int row = r / 16 * 8 + r % 8;
 
-				assert_int_equal(packed_code(packed, hidden, group, r, c), code_at(m, hidden, row, c));
+				assert_int_equal(packed_code(packed, hidden, group, r, c),
+				                 code_at(m, hidden, row, c));
 				assert_int_equal(packed_scale(packed, hidden, group, r, c),
 				                 scale_at(m, hidden, group, row, c));
 			}
@@ -107,15 +119,18 @@ static void test_down(void **state)
 	(void)state;
 	for (size_t i = 0; i < sizeof(shapes) / sizeof(*shapes); i++) {
 		int hidden = shapes[i][0], mid = shapes[i][1], group = shapes[i][2];
-		km_int4_matrix down = random_matrix(hidden, mid, group, 3), back = random_matrix(hidden, mid, group, 7);
+		km_int4_matrix down = random_matrix(hidden, mid, group, 3),
+			       back = random_matrix(hidden, mid, group, 7);
 		size_t bytes = km_moe_down_bytes(hidden, mid, group);
 		uint8_t *packed = km_xmalloc(bytes);
 
-		assert_int_equal(bytes, (size_t)mid * (size_t)hidden / 2 + (size_t)hidden * (size_t)(mid / group) * 2);
+		assert_int_equal(bytes, (size_t)mid * (size_t)hidden / 2 +
+		                                (size_t)hidden * (size_t)(mid / group) * 2);
 		km_moe_pack_down(hidden, mid, group, &down, packed);
 		for (int r = 0; r < hidden; r++)
 			for (int c = 0; c < mid; c++) {
-				assert_int_equal(packed_code(packed, mid, group, r, c), code_at(&down, mid, r, c));
+				assert_int_equal(packed_code(packed, mid, group, r, c),
+				                 code_at(&down, mid, r, c));
 				assert_int_equal(packed_scale(packed, mid, group, r, c),
 				                 scale_at(&down, mid, group, r, c));
 			}

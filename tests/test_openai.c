@@ -189,6 +189,26 @@ static void wrong_fields_are_named(void **state)
 	}
 }
 
+/* A tool that is there is refused as not built, one that is not as not there. */
+static void forced_tools_are_looked_up(void **state)
+{
+	static const char rest[] =
+		",\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}],"
+		"\"tool_choice\":{\"type\":\"function\",\"function\":{\"name\":\"%s\"}}";
+	km_openai_request r;
+	km_openai_error e;
+
+	(void)state;
+	for (int i = 0; i < 2; i++) {
+		char *body = km_xasprintf(rest, i ? "g" : "f");
+
+		assert_true(parse_chat(&r, body, &e) < 0);
+		assert_non_null(strstr(e.message, i ? "Tool 'g' not found in tools list."
+		                                    : "constrained output, which is not built"));
+		free(body);
+	}
+}
+
 static void wrong_messages_are_named(void **state)
 {
 	static const struct {
@@ -352,6 +372,7 @@ int main(void)
 		cmocka_unit_test(defaults_and_values_are_read),
 		cmocka_unit_test(null_is_absent),
 		cmocka_unit_test(wrong_fields_are_named),
+		cmocka_unit_test(forced_tools_are_looked_up),
 		cmocka_unit_test(wrong_messages_are_named),
 		cmocka_unit_test(thinking_has_many_spellings),
 		cmocka_unit_test(tools_and_history_are_counted),

@@ -1,11 +1,11 @@
 /*
  * device/: every op of every form this machine runs, against double precision.
  *
- * BOUNDS  A dot product may be off by DOT_BOUND of the sum of its products' sizes: f32 sums of n terms
- * in at least 8 lanes err by at most (n / 8 + 4) * 2^-24 of that, and far less as roundings go both
- * ways. What is made of dot products has the bound beside it. Moves and the gate's selection are exact.
- * Outputs are NaN before each call. Rows are compared bit by bit between calls that differ in the
- * other rows, and between one thread and two.
+ * BOUNDS  A dot product may be off by DOT_BOUND of the sum of its products' sizes: f32 sums of n
+ * terms in at least 8 lanes err by at most (n / 8 + 4) * 2^-24 of that, and far less as roundings
+ * go both ways. What is made of dot products has the bound beside it. Moves and the gate's
+ * selection are exact. Outputs are NaN before each call. Rows are compared bit by bit between calls
+ * that differ in the other rows, and between one thread and two.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -41,7 +41,8 @@ static void each_form(void (*check)(const km_ops *))
 	}
 }
 
-/* As malloc, but 64-byte aligned; exactly `bytes`, so that a sanitizer sees the first byte beyond. */
+/* As malloc, but 64-byte aligned; exactly `bytes`, so that a sanitizer sees the first byte
+ * beyond. */
 static void *scratch_of(size_t bytes)
 {
 	void *p = NULL;
@@ -157,13 +158,15 @@ static void linear_case(const km_ops *ops, const weight_case *c, bool accumulate
 					sum += before[t * y_stride + r];
 					size += fabs((double)before[t * y_stride + r]);
 				}
-				close_to(ops->name, y[t * y_stride + r], sum, DOT_BOUND * size + 1e-30);
+				close_to(ops->name, y[t * y_stride + r], sum,
+				         DOT_BOUND * size + 1e-30);
 			}
 		for (int t = 0; t < a.tokens && !accumulate; t++)
 			for (int r = c->rows; r < y_stride; r++)
 				assert_true(isnan(y[t * y_stride + r]));
 		for (int t = 0; t < a.tokens && first; t++)
-			same_bits("linear", y + t * y_stride, first + t * y_stride, (size_t)c->rows);
+			same_bits("linear", y + t * y_stride, first + t * y_stride,
+			          (size_t)c->rows);
 		if (first)
 			free(y);
 		else
@@ -188,8 +191,14 @@ static void check_fp8_codes(const km_ops *ops)
 	enum { CODES = 256, COLS = 128 };
 	uint8_t *data = km_xcalloc(CODES * COLS, 1);
 	float scales[CODES / 128] = { 0.75f, 0.75f }, x[5 * COLS] = { 0 }, y[5 * CODES];
-	km_weight w = { .type = KM_W_FP8, .rows = CODES, .cols = COLS, .data = data, .scale = scales,
-		        .scale_dtype = KM_F32, .block_rows = 128, .block_cols = 128 };
+	km_weight w = { .type = KM_W_FP8,
+		        .rows = CODES,
+		        .cols = COLS,
+		        .data = data,
+		        .scale = scales,
+		        .scale_dtype = KM_F32,
+		        .block_rows = 128,
+		        .block_cols = 128 };
 
 	for (int r = 0; r < CODES; r++)
 		data[r * COLS] = (uint8_t)r;
@@ -230,8 +239,10 @@ static void rmsnorm_case(const km_ops *ops, int tokens, int size, bool with_x)
 	float *old = op_case_floats((size_t)tokens * (size_t)stride, 31);
 	float *x = op_case_floats((size_t)tokens * (size_t)size, 32);
 	float *weight = op_case_floats((size_t)size, 33);
-	float *y = op_case_poison((size_t)tokens * (size_t)stride), *alone = op_case_poison((size_t)size);
-	km_rmsnorm_args a = { tokens, size, residual, stride, with_x ? x : NULL, weight, 1e-5f, y, stride };
+	float *y = op_case_poison((size_t)tokens * (size_t)stride),
+	      *alone = op_case_poison((size_t)size);
+	km_rmsnorm_args a = { tokens, size,  residual, stride, with_x ? x : NULL,
+		              weight, 1e-5f, y,        stride };
 
 	ops->rmsnorm(&a);
 	for (int t = 0; t < tokens; t++) {
@@ -246,15 +257,23 @@ static void rmsnorm_case(const km_ops *ops, int tokens, int size, bool with_x)
 			squares += (double)r * r;
 		}
 		for (int i = 0; i < size; i++) {
-			double want = residual[t * stride + i] / sqrt(squares / size + 1e-5) * weight[i];
+			double want =
+				residual[t * stride + i] / sqrt(squares / size + 1e-5) * weight[i];
 
 			close_to(ops->name, y[t * stride + i], want, 1e-6 * fabs(want));
 		}
 		assert_true(isnan(y[t * stride + size]));
 	}
 	memcpy(residual, old, (size_t)tokens * (size_t)stride * sizeof(float));
-	a = (km_rmsnorm_args){ 1, size, residual + (tokens - 1) * stride, stride,
-	                       with_x ? x + (tokens - 1) * size : NULL, weight, 1e-5f, alone, size };
+	a = (km_rmsnorm_args){ 1,
+		               size,
+		               residual + (tokens - 1) * stride,
+		               stride,
+		               with_x ? x + (tokens - 1) * size : NULL,
+		               weight,
+		               1e-5f,
+		               alone,
+		               size };
 	ops->rmsnorm(&a);
 	same_bits("rmsnorm", alone, y + (tokens - 1) * stride, (size_t)size);
 	free(residual);
@@ -295,7 +314,8 @@ static void check_moves(const km_ops *ops)
 		ops->embed(&embed);
 		for (int t = 0; t < 3; t++)
 			for (int c = 0; c < w.cols; c++)
-				assert_true(y[t * w.cols + c] == (float)op_case_weight_at(&w, ids[t], c));
+				assert_true(y[t * w.cols + c] ==
+				            (float)op_case_weight_at(&w, ids[t], c));
 		free(y);
 		op_case_weight_release(&w);
 	}
@@ -327,8 +347,10 @@ static void check_moves(const km_ops *ops)
 				else
 					want = c < 16 ? old[t * TOKEN + c] : table[t * 5 + c - 16];
 				close_to("kv_write", is, want,
-				         t < 0 ? 0 : d == KM_KV_F32 ? 0 : d == KM_KV_BF16 ? 0x1p-8 * fabs(want)
-				                     : 0x1p-4 * fabs(want) + 0x1p-10);
+				         t < 0             ? 0
+				         : d == KM_KV_F32  ? 0
+				         : d == KM_KV_BF16 ? 0x1p-8 * fabs(want)
+				                           : 0x1p-4 * fabs(want) + 0x1p-10);
 			}
 		free(cache);
 		free(before);
@@ -344,7 +366,8 @@ static void moves_are_exact(void **state)
 	each_form(check_moves);
 }
 
-/* Bound: the exponential is within 2 units in the last place; a division and two products follow. */
+/* Bound: the exponential is within 2 units in the last place; a division and two products
+ * follow. */
 static void check_silu_mul(const km_ops *ops)
 {
 	static const float ends[] = { 0, -0.0f, 100, -100, 1e30f, -1e30f, -87.5f, 88.5f };
@@ -364,7 +387,8 @@ static void check_silu_mul(const km_ops *ops)
 			if (t == 1 && i == 0)
 				assert_true(isnan(y[t * SIZE + i]));
 			else
-				close_to(ops->name, y[t * SIZE + i], want, 1e-6 * fabs(want) + 1e-7);
+				close_to(ops->name, y[t * SIZE + i], want,
+				         1e-6 * fabs(want) + 1e-7);
 		}
 	free(in);
 	free(y);
@@ -389,14 +413,17 @@ static void gate_reference(const km_gate_args *a, int t, int32_t *ids, double *w
 	for (int e = 0; e < a->experts; e++)
 		sum += exp((double)logits[e] - largest);
 	for (int e = 0; e < a->experts; e++) {
-		score[e] = a->softmax ? exp((double)logits[e] - largest) / sum : 1 / (1 + exp(-(double)logits[e]));
+		score[e] = a->softmax ? exp((double)logits[e] - largest) / sum
+		                      : 1 / (1 + exp(-(double)logits[e]));
 		choice[e] = score[e] + (a->bias ? a->bias[e] : 0);
 	}
 	for (int g = 0; g * size < a->experts; g++) {
 		double first = -INFINITY, second = -INFINITY;
 
 		for (int e = g * size; e < (g + 1) * size; e++) {
-			second = choice[e] > first ? first : choice[e] > second ? choice[e] : second;
+			second = choice[e] > first    ? first
+			         : choice[e] > second ? choice[e]
+			                              : second;
 			first = choice[e] > first ? choice[e] : first;
 		}
 		best[g] = first + second;
@@ -457,13 +484,24 @@ static void gate_case(const km_ops *ops, km_gate_args a, bool bias)
 
 static void check_gate(const km_ops *ops)
 {
-	gate_case(ops, (km_gate_args){ .tokens = 40, .experts = 384, .top_k = 8, .renormalize = true }, true);
-	gate_case(ops, (km_gate_args){ .tokens = 3, .experts = 384, .top_k = 8, .groups = 1, .topk_group = 1,
-	                               .renormalize = true }, false);
+	gate_case(ops,
+	          (km_gate_args){ .tokens = 40, .experts = 384, .top_k = 8, .renormalize = true },
+	          true);
+	gate_case(ops,
+	          (km_gate_args){ .tokens = 3,
+	                          .experts = 384,
+	                          .top_k = 8,
+	                          .groups = 1,
+	                          .topk_group = 1,
+	                          .renormalize = true },
+	          false);
 	gate_case(ops, (km_gate_args){ .tokens = 20, .experts = 256, .top_k = 8, .groups = 8,
 	                               .topk_group = 4, .renormalize = true }, true);
-	gate_case(ops, (km_gate_args){ .tokens = 20, .experts = 64, .top_k = 6, .softmax = true }, false);
-	gate_case(ops, (km_gate_args){ .tokens = 9, .experts = 10, .top_k = 10, .groups = 5, .topk_group = 5 },
+	gate_case(ops, (km_gate_args){ .tokens = 20, .experts = 64, .top_k = 6, .softmax = true },
+	          false);
+	gate_case(ops,
+	          (km_gate_args){
+			  .tokens = 9, .experts = 10, .top_k = 10, .groups = 5, .topk_group = 5 },
 	          true);
 }
 
@@ -477,8 +515,14 @@ static void check_gate_edges(const km_ops *ops)
 {
 	float logits[8] = { 1, 2, 2, 2, 0, 2, -1, 2 }, bias[8] = { 0 }, weights[4];
 	int32_t ids[4];
-	km_gate_args a = { .tokens = 1, .experts = 8, .top_k = 4, .renormalize = true, .logits = logits,
-	                   .bias = bias, .ids = ids, .weights = weights };
+	km_gate_args a = { .tokens = 1,
+		           .experts = 8,
+		           .top_k = 4,
+		           .renormalize = true,
+		           .logits = logits,
+		           .bias = bias,
+		           .ids = ids,
+		           .weights = weights };
 
 	ops->gate(&a); /* ties go to the lower id */
 	assert_memory_equal(ids, ((int32_t[]){ 1, 2, 3, 5 }), sizeof(ids));
@@ -534,13 +578,61 @@ typedef struct mla_case {
 } mla_case;
 
 static const mla_case mla_cases[] = {
-	{ 16, 128, 64, 128, 512, KM_KV_BF16, { .type = KM_W_BF16 }, 3, 2, { 200, 0, 64 }, { 1, 1, 6 } },
-	{ 6, 24, 8, 20, 48, KM_KV_F32, { .type = KM_W_F32 }, 5, 3, { 63, 64, 130, 5, 61 }, { 1, 1, 1, 3, 9 } },
-	{ 5, 16, 4, 16, 40, KM_KV_FP8, { .type = KM_W_F16 }, 4, 2, { 7, 127, 0, 64 }, { 1, 1, 1, 66 } },
-	{ 4, 128, 64, 128, 512, KM_KV_FP8, { .type = KM_W_FP8, .block_rows = 128, .block_cols = 128 },
-	  2, 1, { 300, 60 }, { 1, 10 } },
-	{ 1, 32, 16, 32, 64, KM_KV_BF16, { .type = KM_W_INT4, .group = 32, .scale_dtype = KM_BF16 },
-	  2, 1, { 20, 30 }, { 1, 40 } },
+	{ 16,
+	  128,
+	  64,
+	  128,
+	  512,
+	  KM_KV_BF16,
+	  { .type = KM_W_BF16 },
+	  3,
+	  2,
+	  { 200, 0, 64 },
+	  { 1, 1, 6 } },
+	{ 6,
+	  24,
+	  8,
+	  20,
+	  48,
+	  KM_KV_F32,
+	  { .type = KM_W_F32 },
+	  5,
+	  3,
+	  { 63, 64, 130, 5, 61 },
+	  { 1, 1, 1, 3, 9 } },
+	{ 5,
+	  16,
+	  4,
+	  16,
+	  40,
+	  KM_KV_FP8,
+	  { .type = KM_W_F16 },
+	  4,
+	  2,
+	  { 7, 127, 0, 64 },
+	  { 1, 1, 1, 66 } },
+	{ 4,
+	  128,
+	  64,
+	  128,
+	  512,
+	  KM_KV_FP8,
+	  { .type = KM_W_FP8, .block_rows = 128, .block_cols = 128 },
+	  2,
+	  1,
+	  { 300, 60 },
+	  { 1, 10 } },
+	{ 1,
+	  32,
+	  16,
+	  32,
+	  64,
+	  KM_KV_BF16,
+	  { .type = KM_W_INT4, .group = 32, .scale_dtype = KM_BF16 },
+	  2,
+	  1,
+	  { 20, 30 },
+	  { 1, 40 } },
 };
 
 typedef struct mla_setup {
@@ -577,17 +669,28 @@ static void mla_set_up(mla_setup *m, const mla_case *c, int threads)
 	rows = (size_t)m->step.batch.tokens * (size_t)c->heads;
 	m->kv_b = op_case_weight(&kv_b, 71);
 	m->weights = all_weights(&m->kv_b);
-	m->cache = op_case_cache(c->kv_dtype, (size_t)m->step.slot_count * (size_t)(c->lora + c->rope), 72);
+	m->cache = op_case_cache(c->kv_dtype,
+	                         (size_t)m->step.slot_count * (size_t)(c->lora + c->rope), 72);
 	poison_unused(&m->step, c->kv_dtype, m->cache, c->lora + c->rope);
 	m->q = op_case_floats(rows * (size_t)(c->nope + c->rope), 73);
 	m->out = op_case_poison(rows * (size_t)c->v);
 	m->args = (km_mla_args){
-		.batch = &m->step.batch, .heads = c->heads, .nope_dim = c->nope, .rope_dim = c->rope,
-		.v_dim = c->v, .kv_lora_rank = c->lora, .q = m->q, .kv_b = &m->kv_b, .cache = m->cache,
-		.kv_dtype = c->kv_dtype, .scale = 1.5f / sqrtf((float)(c->nope + c->rope)), .out = m->out,
+		.batch = &m->step.batch,
+		.heads = c->heads,
+		.nope_dim = c->nope,
+		.rope_dim = c->rope,
+		.v_dim = c->v,
+		.kv_lora_rank = c->lora,
+		.q = m->q,
+		.kv_b = &m->kv_b,
+		.cache = m->cache,
+		.kv_dtype = c->kv_dtype,
+		.scale = 1.5f / sqrtf((float)(c->nope + c->rope)),
+		.out = m->out,
 	};
 	omp_set_num_threads(threads);
-	m->args.scratch = scratch_of(km_mla_scratch_bytes(&m->args, m->step.batch.tokens, 512, threads));
+	m->args.scratch =
+		scratch_of(km_mla_scratch_bytes(&m->args, m->step.batch.tokens, 512, threads));
 }
 
 static void mla_tear_down(mla_setup *m)
@@ -613,7 +716,9 @@ static void mla_reference(const km_mla_args *a, const double *kv_b, int seq, int
 
 	for (int c = 0; c < a->kv_lora_rank; c++)
 		for (int n = 0; n < a->nope_dim; n++)
-			query[c] += q[n] * kv_b[(head * (a->nope_dim + a->v_dim) + n) * a->kv_lora_rank + c];
+			query[c] +=
+				q[n] *
+				kv_b[(head * (a->nope_dim + a->v_dim) + n) * a->kv_lora_rank + c];
 	for (int r = 0; r < a->rope_dim; r++)
 		query[a->kv_lora_rank + r] = q[a->nope_dim + r];
 	for (int t = 0; t < positions; t++) {
@@ -660,8 +765,8 @@ static void mla_right_case(const km_ops *ops, const mla_case *c)
 					worst = fmax(worst, fabs(got - want[v]));
 				}
 			}
-	printf("figure: %s attention, %d heads, latent %d: largest error %.1e, values about 1\n", ops->name,
-	       c->heads, c->lora, worst);
+	printf("figure: %s attention, %d heads, latent %d: largest error %.1e, values about 1\n",
+	       ops->name, c->heads, c->lora, worst);
 	mla_tear_down(&m);
 }
 
@@ -677,10 +782,12 @@ static void attention_is_right(void **state)
 	each_form(check_mla);
 }
 
-/* Each sequence alone, its prompt cut in two, on one thread: the same bits as all together on two. */
+/* Each sequence alone, its prompt cut in two, on one thread: the same bits as all together on
+ * two. */
 static void mla_alone_case(const km_ops *ops, const mla_case *c)
 {
-	size_t row = (size_t)c->heads * (size_t)c->v, key = (size_t)c->heads * (size_t)(c->nope + c->rope);
+	size_t row = (size_t)c->heads * (size_t)c->v,
+	       key = (size_t)c->heads * (size_t)(c->nope + c->rope);
 	mla_setup m;
 
 	mla_set_up(&m, c, 2);
@@ -688,7 +795,8 @@ static void mla_alone_case(const km_ops *ops, const mla_case *c)
 	ops->mla_prefill(&m.args);
 	omp_set_num_threads(1);
 	for (int s = 0; s < c->seqs; s++) {
-		int start = m.step.seq_start[s], rows = m.step.seq_start[s + 1] - start, cut = (rows + 1) / 2;
+		int start = m.step.seq_start[s], rows = m.step.seq_start[s + 1] - start,
+		    cut = (rows + 1) / 2;
 
 		for (int part = 0; part < 2; part++) {
 			int from = part ? cut : 0, count = part ? rows - cut : cut;
@@ -712,7 +820,8 @@ static void mla_alone_case(const km_ops *ops, const mla_case *c)
 			a.out = out;
 			ops->mla_decode(&a);
 			ops->mla_prefill(&a);
-			same_bits("attention", out, m.out + (size_t)(start + from) * row, (size_t)count * row);
+			same_bits("attention", out, m.out + (size_t)(start + from) * row,
+			          (size_t)count * row);
 			free(out);
 		}
 	}
@@ -752,9 +861,16 @@ static void check_many_decodes(const km_ops *ops)
 	}
 	op_case_step(&step, SEQS, SEQS, past, lens, 76);
 	a = (km_mla_args){
-		.batch = &step.batch, .heads = HEADS, .nope_dim = 16, .rope_dim = 8, .v_dim = V,
-		.kv_lora_rank = LORA, .q = op_case_floats(SEQS * HEADS * 24, 77), .kv_b = &w,
-		.cache = op_case_cache(KM_KV_F32, (size_t)step.slot_count * (LORA + 8), 78), .scale = 0.2f,
+		.batch = &step.batch,
+		.heads = HEADS,
+		.nope_dim = 16,
+		.rope_dim = 8,
+		.v_dim = V,
+		.kv_lora_rank = LORA,
+		.q = op_case_floats(SEQS * HEADS * 24, 77),
+		.kv_b = &w,
+		.cache = op_case_cache(KM_KV_F32, (size_t)step.slot_count * (LORA + 8), 78),
+		.scale = 0.2f,
 		.out = op_case_poison(SEQS * HEADS * V),
 	};
 	omp_set_num_threads(2);
@@ -788,10 +904,19 @@ typedef struct moe_case {
 
 static const moe_case moe_cases[] = {
 	{ 70, 12, 4, 96, 64, { .type = KM_W_INT4, .group = 32, .scale_dtype = KM_BF16 } },
-	{ 9, 3, 2, 256, 128,
+	{ 9,
+	  3,
+	  2,
+	  256,
+	  128,
 	  { .type = KM_W_FP8, .block_rows = 128, .block_cols = 128, .scale_dtype = KM_F32 } },
 	{ 17, 6, 6, 72, 40, { .type = KM_W_BF16 } },
-	{ 530, 4, 2, 32, 32, { .type = KM_W_F32 } }, /* more than one round, more pairs than a block */
+	{ 530,
+	  4,
+	  2,
+	  32,
+	  32,
+	  { .type = KM_W_F32 } }, /* more than one round, more pairs than a block */
 };
 
 typedef struct moe_setup {
@@ -804,7 +929,8 @@ typedef struct moe_setup {
 static void moe_set_up(moe_setup *m, const moe_case *c, int threads)
 {
 	weight_case up = c->weight, down = c->weight;
-	size_t pairs = (size_t)c->tokens * (size_t)c->top_k, size = (size_t)c->tokens * (size_t)c->hidden;
+	size_t pairs = (size_t)c->tokens * (size_t)c->top_k,
+	       size = (size_t)c->tokens * (size_t)c->hidden;
 	int32_t order[64];
 
 	up.rows = down.cols = c->intermediate;
@@ -826,7 +952,8 @@ static void moe_set_up(moe_setup *m, const moe_case *c, int threads)
 		for (int e = 0; e < c->experts; e++)
 			order[e] = e;
 		for (int k = 0; k < c->top_k; k++) {
-			int j = k + (int)(km_rng_u64(84, (uint64_t)(t * 64 + k)) % (uint64_t)(c->experts - k));
+			int j = k + (int)(km_rng_u64(84, (uint64_t)(t * 64 + k)) %
+			                  (uint64_t)(c->experts - k));
 			int32_t e = order[j];
 
 			order[j] = order[k];
@@ -886,7 +1013,8 @@ static void moe_reference(const moe_setup *m, int t, double *y)
 	}
 }
 
-/* Bound: an expert's output is of size 1 and errs by a few DOT_BOUND; up to 6 of them, times 2.827. */
+/* Bound: an expert's output is of size 1 and errs by a few DOT_BOUND; up to 6 of them, times
+ * 2.827. */
 static void moe_case_is_right(const km_ops *ops, const moe_case *c)
 {
 	double want[256], worst = 0;
@@ -901,10 +1029,11 @@ static void moe_case_is_right(const km_ops *ops, const moe_case *c)
 			worst = fmax(worst, fabs(m.y[t * c->hidden + i] - want[i]));
 		}
 	}
-	printf("figure: %s experts, hidden %d: largest error %.1e, outputs about 3\n", ops->name, c->hidden,
-	       worst);
+	printf("figure: %s experts, hidden %d: largest error %.1e, outputs about 3\n", ops->name,
+	       c->hidden, worst);
 	omp_set_num_threads(1);
-	for (int at = 0, n = 0; at < c->tokens; at += row_counts[n], n = (n + 1) % COUNT(row_counts)) {
+	for (int at = 0, n = 0; at < c->tokens;
+	     at += row_counts[n], n = (n + 1) % COUNT(row_counts)) {
 		km_moe_args a = m.args;
 
 		a.tokens = c->tokens - at < row_counts[n] ? c->tokens - at : row_counts[n];

@@ -13,12 +13,20 @@
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 
-static const km_router_device h100 = { .capability = 90, .multiprocessors = 132, .blas = true, .pdl = true };
+static const km_router_device h100 = {
+	.capability = 90, .multiprocessors = 132, .blas = true, .pdl = true
+};
 
 static km_router_shape shape_of(int tokens, int experts, int top_k)
 {
-	return (km_router_shape){ .tokens = tokens, .experts = experts, .hidden = 7168, .top_k = top_k,
-		                  .groups = 1, .topk_group = 1, .block = 8, .renormalize = true,
+	return (km_router_shape){ .tokens = tokens,
+		                  .experts = experts,
+		                  .hidden = 7168,
+		                  .top_k = top_k,
+		                  .groups = 1,
+		                  .topk_group = 1,
+		                  .block = 8,
+		                  .renormalize = true,
 		                  .scale = 2.827f };
 }
 
@@ -45,15 +53,20 @@ static void test_table(void **state)
 		{ "K2", 16, 384, 8, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
 		{ "K2", 64, 384, 8, 1, 1, 7168, false, KM_GEMM_SPLIT, KM_GATE_ONEPASS },
 		{ "K2", 40000, 384, 8, 1, 1, 7168, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
-		{ "K2, f32 router", 16, 384, 8, 1, 1, 7168, true, KM_GEMM_GENERAL, KM_GATE_ONEPASS },
+		{ "K2, f32 router", 16, 384, 8, 1, 1, 7168, true, KM_GEMM_GENERAL,
+		  KM_GATE_ONEPASS },
 		{ "DeepSeek-V3", 2, 256, 8, 8, 4, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
 		{ "DeepSeek-V2", 2, 160, 6, 8, 3, 5120, false, KM_GEMM_GENERAL, KM_GATE_ROUNDS },
-		{ "256 in 4 groups", 2, 256, 8, 4, 2, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ROUNDS },
+		{ "256 in 4 groups", 2, 256, 8, 4, 2, 7168, false, KM_GEMM_RESIDENT,
+		  KM_GATE_ROUNDS },
 		{ "128 experts", 16, 128, 8, 1, 1, 4096, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
 		{ "GLM-like", 16, 256, 8, 1, 1, 5120, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
-		{ "GLM-like, one token", 1, 256, 8, 1, 1, 5120, false, KM_GEMM_GENERAL, KM_GATE_ONEPASS },
-		{ "512 experts, top 10", 8, 512, 10, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
-		{ "512 experts, hidden 2048", 8, 512, 10, 1, 1, 2048, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
+		{ "GLM-like, one token", 1, 256, 8, 1, 1, 5120, false, KM_GEMM_GENERAL,
+		  KM_GATE_ONEPASS },
+		{ "512 experts, top 10", 8, 512, 10, 1, 1, 7168, false, KM_GEMM_RESIDENT,
+		  KM_GATE_ONEPASS },
+		{ "512 experts, hidden 2048", 8, 512, 10, 1, 1, 2048, false, KM_GEMM_BLAS,
+		  KM_GATE_ONEPASS },
 		{ "odd", 3, 7, 3, 1, 1, 24, false, KM_GEMM_GENERAL, KM_GATE_ROUNDS },
 		{ "largest", 5000, 1024, 32, 32, 4, 8192, false, KM_GEMM_BLAS, KM_GATE_ROUNDS },
 	};
@@ -70,8 +83,8 @@ static void test_table(void **state)
 		plan = plan_of(&s, &h100);
 		again = plan_of(&s, &h100);
 		if (plan.gemm != rows[i].gemm || plan.gate != rows[i].gate)
-			fail_msg("%s, %d tokens: GEMM %d, gate %d", rows[i].name, rows[i].tokens, plan.gemm,
-			         plan.gate);
+			fail_msg("%s, %d tokens: GEMM %d, gate %d", rows[i].name, rows[i].tokens,
+			         plan.gemm, plan.gate);
 		assert_memory_equal(&plan, &again, sizeof(plan));
 	}
 }
@@ -83,20 +96,57 @@ static void test_refusals(void **state)
 		int capability;
 		const char *says;
 	} rows[] = {
-		{ { .tokens = 0, .experts = 384, .hidden = 64, .top_k = 8, .block = 8 }, 90, "at least one token" },
-		{ { .tokens = 1, .experts = 1025, .hidden = 64, .top_k = 8, .block = 8 }, 90, "got 1025" },
-		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 33, .block = 8 }, 90, "got 33" },
-		{ { .tokens = 1, .experts = 6, .hidden = 64, .top_k = 7, .block = 8 }, 90, "1 to 6 of 6" },
-		{ { .tokens = 1, .experts = 384, .hidden = 100, .top_k = 8, .block = 8 }, 90, "multiples of 8" },
-		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .groups = 7, .topk_group = 1,
-		    .block = 8 }, 90, "divide the 384" },
-		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .groups = 64, .topk_group = 1,
-		    .block = 8 }, 90, "got 64" },
-		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .groups = 8, .topk_group = 9,
-		    .block = 8 }, 90, "topk_group" },
-		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .block = 0 }, 90, "block" },
-		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .block = 8 }, 75, "7.5" },
-		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .block = 8 }, 89, "overlapping" },
+		{ { .tokens = 0, .experts = 384, .hidden = 64, .top_k = 8, .block = 8 },
+		  90,
+		  "at least one token" },
+		{ { .tokens = 1, .experts = 1025, .hidden = 64, .top_k = 8, .block = 8 },
+		  90,
+		  "got 1025" },
+		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 33, .block = 8 },
+		  90,
+		  "got 33" },
+		{ { .tokens = 1, .experts = 6, .hidden = 64, .top_k = 7, .block = 8 },
+		  90,
+		  "1 to 6 of 6" },
+		{ { .tokens = 1, .experts = 384, .hidden = 100, .top_k = 8, .block = 8 },
+		  90,
+		  "multiples of 8" },
+		{ { .tokens = 1,
+		    .experts = 384,
+		    .hidden = 64,
+		    .top_k = 8,
+		    .groups = 7,
+		    .topk_group = 1,
+		    .block = 8 },
+		  90,
+		  "divide the 384" },
+		{ { .tokens = 1,
+		    .experts = 384,
+		    .hidden = 64,
+		    .top_k = 8,
+		    .groups = 64,
+		    .topk_group = 1,
+		    .block = 8 },
+		  90,
+		  "got 64" },
+		{ { .tokens = 1,
+		    .experts = 384,
+		    .hidden = 64,
+		    .top_k = 8,
+		    .groups = 8,
+		    .topk_group = 9,
+		    .block = 8 },
+		  90,
+		  "topk_group" },
+		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .block = 0 },
+		  90,
+		  "block" },
+		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .block = 8 },
+		  75,
+		  "7.5" },
+		{ { .tokens = 1, .experts = 384, .hidden = 64, .top_k = 8, .block = 8 },
+		  89,
+		  "overlapping" },
 	};
 
 	(void)state;
@@ -128,9 +178,12 @@ static void test_limits_of_tuning(void **state)
 				t = km_router_tuning_find(&d, experts);
 				plan = plan_of(&s, &d);
 				assert_int_equal(plan.pdl, pdl);
-				assert_int_equal(plan.gemm == KM_GEMM_RESIDENT, tokens <= t->resident_tokens);
-				assert_int_equal(plan.gemm == KM_GEMM_BLAS, tokens > t->split_tokens);
-				assert_int_equal(plan.chain == KM_CHAIN_ONE_LAUNCH, tokens <= t->one_launch_tokens);
+				assert_int_equal(plan.gemm == KM_GEMM_RESIDENT,
+				                 tokens <= t->resident_tokens);
+				assert_int_equal(plan.gemm == KM_GEMM_BLAS,
+				                 tokens > t->split_tokens);
+				assert_int_equal(plan.chain == KM_CHAIN_ONE_LAUNCH,
+				                 tokens <= t->one_launch_tokens);
 				assert_true(plan.chain == KM_CHAIN_SEPARATE || tokens <= 64);
 			}
 }
@@ -151,7 +204,9 @@ static void test_without_blas(void **state)
 
 static void test_older_gpus(void **state)
 {
-	km_router_device a100 = { .capability = 80, .multiprocessors = 108, .blas = true, .pdl = false };
+	km_router_device a100 = {
+		.capability = 80, .multiprocessors = 108, .blas = true, .pdl = false
+	};
 	km_router_shape s = shape_of(1, 384, 8);
 
 	(void)state;
@@ -162,7 +217,8 @@ static void test_older_gpus(void **state)
 	assert_int_equal(plan_of(&s, &a100).gemm, KM_GEMM_BLAS);
 }
 
-static void check_words(const km_router_shape *s, const km_router_device *d, const char *const *words)
+static void check_words(const km_router_shape *s, const km_router_device *d,
+                        const char *const *words)
 {
 	km_router_plan plan = plan_of(s, d);
 	km_buf out = KM_BUF_INIT;
@@ -180,19 +236,23 @@ static void test_words(void **state)
 	km_router_device d = h100;
 
 	(void)state;
-	check_words(&s, &d, (const char *[]){ "resident, 128 blocks", "tuning row 90, 384 experts", "overlap",
-	                                      "chain: ", NULL });
+	check_words(&s, &d,
+	            (const char *[]){ "resident, 128 blocks", "tuning row 90, 384 experts",
+	                              "overlap", "chain: ", NULL });
 	s.tokens = 100000;
-	check_words(&s, &d, (const char *[]){ "cuBLASLt, 100000 tokens are above", "one pass, 8 rows a block",
-	                                      "router; gate; alignment", NULL });
+	check_words(&s, &d,
+	            (const char *[]){ "cuBLASLt, 100000 tokens are above",
+	                              "one pass, 8 rows a block", "router; gate; alignment",
+	                              NULL });
 	s.hidden = 4096;
 	s.experts = 300;
 	s.tokens = 3;
 	check_words(&s, &d, (const char *[]){ "general form", "hidden is not 7168",
 	                                      "by rounds", "experts are not 128", NULL });
 	s = shape_of(50, 384, 8);
-	check_words(&s, &d, (const char *[]){ "clusters of 16, tiles of 64 tokens x 64 experts", "tuning row 90",
-	                                      NULL });
+	check_words(&s, &d,
+	            (const char *[]){ "clusters of 16, tiles of 64 tokens x 64 experts",
+	                              "tuning row 90", NULL });
 	s = shape_of(100, 384, 8);
 	d.blas = false;
 	check_words(&s, &d, (const char *[]){ "cuBLASLt was not found", NULL });

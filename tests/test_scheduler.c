@@ -320,6 +320,28 @@ static void random_load_ends_with_nothing_held(void **state)
 	}
 }
 
+/* A request that needs every page there is starts, at once and after another; one page more never. */
+static void the_last_page_can_be_had(void **state)
+{
+	(void)state;
+	for (int reserve = 0; reserve < 2; reserve++) {
+		bench *b = bench_new(4, false, reserve);
+		km_seq *all = add(b, 0, reserve ? 10 : 16, reserve ? 6 : 1, 1), *next;
+
+		assert_int_equal(km_scheduler_plan(&b->sched, b->chunks), 1);
+		assert_ptr_equal(b->chunks[0].seq, all);
+		assert_int_equal(all->page_count, 4);
+		next = add(b, 1, 16, 0, 2);
+		assert_int_equal(next->state, KM_SEQ_WAITING);
+		km_scheduler_remove(&b->sched, all);
+		assert_int_equal(km_scheduler_plan(&b->sched, b->chunks), 1);
+		assert_ptr_equal(b->chunks[0].seq, next);
+		km_scheduler_remove(&b->sched, next);
+		assert_int_equal(km_pages_available(&b->pages), 4);
+		bench_free(b);
+	}
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -331,6 +353,7 @@ int main(void)
 		cmocka_unit_test(samples_share_the_prompt_of_their_leader),
 		cmocka_unit_test(scored_prompts_are_cut_to_the_logits_there_are),
 		cmocka_unit_test(random_load_ends_with_nothing_held),
+		cmocka_unit_test(the_last_page_can_be_had),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -181,12 +181,26 @@ static void prompts_are_scored(void **state)
 	km_buf_release(&out);
 }
 
+static size_t prompt_tokens(const struct fixture *f, const char *text)
+{
+	km_ids ids = { 0 };
+	km_err err;
+	size_t count;
+
+	assert_int_equal(km_tokenizer_encode(f->engine.tokenizer, text, strlen(text), true, &ids,
+	                                     &err),
+	                 0);
+	count = ids.len;
+	km_ids_release(&ids);
+	return count;
+}
+
 static void many_prompts_make_many_choices(void **state)
 {
 	struct fixture *f = *state;
 	km_buf out = KM_BUF_INIT;
 	json_t *json;
-	const json_t *choices;
+	const json_t *choices, *usage;
 
 	assert_int_equal(http_ask(f->port, "POST", "/v1/completions",
 	                          "{\"prompt\":[\"aaaa\",\"bbbb\"],\"n\":2,\"max_tokens\":2}",
@@ -201,6 +215,10 @@ static void many_prompts_make_many_choices(void **state)
 		assert_int_equal(json_integer_value(json_object_get(c, "index")), i);
 		assert_int_equal(*json_string_value(json_object_get(c, "text")), i < 2 ? 'a' : 'b');
 	}
+	usage = json_object_get(json, "usage");
+	assert_int_equal(json_integer_value(json_object_get(usage, "prompt_tokens")),
+	                 prompt_tokens(f, "aaaa") + prompt_tokens(f, "bbbb"));
+	assert_int_equal(json_integer_value(json_object_get(usage, "completion_tokens")), 8);
 	json_decref(json);
 	km_buf_release(&out);
 }
@@ -268,7 +286,80 @@ static void a_disconnect_cancels(void **state)
 	}
 }
 
-static void a_reader_that_does_not_read_is_cut_off(void **state)
+/* Every field that the engine acts on. */
+static void what_is_asked_reaches_the_engine(void **state)
+{
+	struct fixture *f = *state;
+	const km_request_options *o = &f->engine.last;
+	const km_sampling *s = &o->sampling;
+	km_buf out = KM_BUF_INIT;
+
+	assert_int_equal(
+		http_ask(f->port, "POST", "/v1/completions",
+	                 "{\"prompt\":\"ab\",\"max_tokens\":3,\"n\":2,\"temperature\":0.25,"
+	                 "\"top_p\":0.5,\"top_k\":7,\"min_p\":0.125,\"repetition_penalty\":1.5,"
+	                 "\"frequency_penalty\":-1,\"presence_penalty\":2,\"seed\":-9,"
+	                 "\"stop\":[\"x\",\"yz\"],\"stop_token_ids\":[44],\"ignore_eos\":true,"
+	                 "\"logprobs\":4,\"logit_bias\":{\"55\":-3}}",
+	                 &out),
+		200);
+	assert_int_equal(o->max_tokens, 3);
+	assert_int_equal(o->n, 2);
+	assert_true(s->temperature == 0.25 && s->top_p == 0.5 && s->min_p == 0.125);
+	assert_int_equal(s->top_k, 7);
+	assert_true(s->repetition_penalty == 1.5 && s->frequency_penalty == -1);
+	assert_true(s->presence_penalty == 2 && s->has_seed && s->seed == (uint64_t)-9);
+	assert_int_equal(o->stop_count, 2);
+	assert_int_equal(o->stop_id_count, 1);
+	assert_int_equal(f->engine.last_stop_id, 44);
+	assert_int_equal(s->bias_count, 1);
+	assert_int_equal(f->engine.last_bias_id, 55);
+	assert_true(o->ignore_eos && !o->prompt_logprobs);
+	assert_int_equal(o->logprobs, 4);
+	km_buf_release(&out);
+}
+
+/* Too slow by time alone: all that it leaves unread fits the buffer. */
+static void a_reader_that_stalls_is_cut_off(void **state)
+{
+	struct fixture *f = *state;
+	int small = 4096, fd;
+	double start = km_now_s();
+
+	f->service.options.stream_buffer_bytes = INT64_C(1) << 40;
+	f->engine.token_us = 50;
+	fd = http_start(
+		f->port,
+		"{\"prompt\":\"abcdefgh\",\"max_tokens\":99000,\"stream\":true,\"logprobs\":5}");
+	setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
+	assert_true(settles(f, 1, 2000));
+	assert_true(settles(f, 0, 8000));
+	assert_true(km_now_s() - start > 1.5 && f->engine.cancels == 1);
+	close(fd);
+}
+
+/* Too slow by what it leaves unread, long before its time is up. */
+static void a_reader_that_falls_behind_is_cut_off(void **state)
+{
+	struct fixture *f = *state;
+	km_serve_options options = plain;
+	int small = 4096, fd;
+
+	km_serve_close(f->serve);
+	options.stream_timeout_s = 3600;
+	open_server(f, &options);
+	f->engine.token_us = 0;
+	fd = http_start(
+		f->port,
+		"{\"prompt\":\"abcdefgh\",\"max_tokens\":99000,\"stream\":true,\"logprobs\":5}");
+	setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
+	assert_true(settles(f, 1, 2000));
+	assert_true(settles(f, 0, 8000));
+	assert_int_equal(f->engine.cancels, 1);
+	close(fd);
+}
+
+static void a_reader_that_does_not_read_stalls_nobody(void **state)
 {
 	struct fixture *f = *state;
 	int small = 4096, fd;
@@ -341,6 +432,16 @@ static void oversized_bodies_are_refused(void **state)
 	km_buf_clear(&out);
 	http_receive(fd, &out);
 	assert_non_null(strstr(out.data, " 413 "));
+	close(fd);
+	/* In chunks without end: cut off, not read for ever. */
+	fd = http_dial(f->port);
+	http_send(fd, "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+	              "Transfer-Encoding: chunked\r\n\r\n");
+	memset(big, 'x', 0x10000);
+	memcpy(big, "fff8\r\n", 6); /* a chunk in 64 KiB */
+	memcpy(big + 0xfffe, "\r\n", 2);
+	for (int sent = 0; send(fd, big, 0x10000, MSG_NOSIGNAL) > 0; sent++)
+		assert_true(sent < 512); /* 32 MiB: what sockets hold, and some */
 	close(fd);
 	free(big);
 	km_buf_release(&out);
@@ -462,7 +563,12 @@ int main(void)
 		cmocka_unit_test_setup_teardown(errors_before_the_first_byte_are_plain, set_up,
 		                                tear_down),
 		cmocka_unit_test_setup_teardown(a_disconnect_cancels, set_up, tear_down),
-		cmocka_unit_test_setup_teardown(a_reader_that_does_not_read_is_cut_off, set_up,
+		cmocka_unit_test_setup_teardown(what_is_asked_reaches_the_engine, set_up,
+		                                tear_down),
+		cmocka_unit_test_setup_teardown(a_reader_that_stalls_is_cut_off, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(a_reader_that_falls_behind_is_cut_off, set_up,
+		                                tear_down),
+		cmocka_unit_test_setup_teardown(a_reader_that_does_not_read_stalls_nobody, set_up,
 		                                tear_down),
 		cmocka_unit_test_setup_teardown(half_open_sockets_stall_nobody, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(oversized_bodies_are_refused, set_up, tear_down),

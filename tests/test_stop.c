@@ -106,11 +106,69 @@ static void no_cut_changes_what_is_seen(void **state)
 	km_buf_release(&out);
 }
 
+/* After "aabaaa" a 'b' leaves "aab" matched: the end of the first is the beginning of the second,
+ * by a border of a border. */
+static void a_second_beginning_is_not_missed(void **state)
+{
+	static const char *const stops[] = { "aabaaac" };
+	km_stop_set set;
+	km_stop stop;
+	km_buf out = KM_BUF_INIT;
+
+	(void)state;
+	km_stop_set_init(&set, stops, 1);
+	km_stop_init(&stop, &set, 16);
+	assert_int_equal(km_stop_push(&stop, "aabaaabaaac", 11, &out), 0);
+	assert_string_equal(out.data, "aaba");
+	km_stop_release(&stop);
+	km_stop_set_release(&set);
+	km_buf_release(&out);
+}
+
+/* Stop strings whose beginnings repeat in them, in every text of two letters. */
+static void every_short_text_is_searched_right(void **state)
+{
+	static const char *const sets[][2] = {
+		{ "aabaaab", "bbb" },
+		{ "aab", "abaab" },
+		{ "ababb", "aaaa" },
+		{ "aabaaaab", "bab" },
+	};
+	enum { LETTERS = 11 };
+	km_buf out = KM_BUF_INIT;
+	char text[LETTERS];
+
+	(void)state;
+	for (int i = 0; i < 4 * (1 << LETTERS); i++) {
+		size_t visible;
+		int expected, got;
+		km_stop_set set;
+		km_stop stop;
+
+		for (int k = 0; k < LETTERS; k++)
+			text[k] = i / 4 >> k & 1 ? 'b' : 'a';
+		expected = plain_search(text, LETTERS, sets[i % 4], 2, &visible);
+		km_stop_set_init(&set, sets[i % 4], 2);
+		km_stop_init(&stop, &set, sizeof(text));
+		km_buf_clear(&out);
+		got = km_stop_push(&stop, text, LETTERS, &out);
+		if (got < 0)
+			km_stop_flush(&stop, &out);
+		assert_int_equal(got, expected);
+		assert_int_equal(out.len, visible);
+		km_stop_release(&stop);
+		km_stop_set_release(&set);
+	}
+	km_buf_release(&out);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(stops_across_pieces),
 		cmocka_unit_test(no_cut_changes_what_is_seen),
+		cmocka_unit_test(a_second_beginning_is_not_missed),
+		cmocka_unit_test(every_short_text_is_searched_right),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -173,10 +173,50 @@ static void what_is_written_is_read(void **state)
 	remove_dir(dir);
 }
 
-#define SHAPE "\"hidden_size\": 7168, \"top_k\": 8, \"group_size\": 32, \"num_experts\": 384"
-#define TILE(m, n, k, g, w, s)                                                                     \
-	"\"BLOCK_SIZE_M\": " #m ", \"BLOCK_SIZE_N\": " #n ", \"BLOCK_SIZE_K\": " #k                \
-	", \"GROUP_SIZE_M\": " #g ", \"num_warps\": " #w ", \"num_stages\": " #s ", "
+/* An entry for one token whose tile is the plan's own, with one field's value replaced by this
+ * JSON, or left out where it is NULL; `more` is added at the end. */
+static void put_entry(km_buf *out, const km_moe_tune_context *c, const char *field,
+                      const char *json, const char *more)
+{
+	static const char *const shape[] = { "\"hidden_size\": 7168", "\"top_k\": 8",
+		                             "\"group_size\": 32", "\"num_experts\": 384" };
+	km_tune_schema schema = km_moe_tune_schema(c);
+	km_tune_entry e = entry_of(c, 1, 10);
+	const char *comma = "";
+
+	km_buf_puts(out, "{\"1\": {");
+	for (int i = 0; i < schema.count; i++) {
+		bool here = !strcmp(schema.fields[i].name, field);
+
+		if (here && !json)
+			continue;
+		km_buf_printf(out, "%s\"%s\": ", comma, schema.fields[i].name);
+		if (here)
+			km_buf_puts(out, json);
+		else
+			km_buf_printf(out, "%d", e.values[i]);
+		comma = ", ";
+	}
+	for (int i = 0; i < 4; i++)
+		if (!strstr(shape[i], field))
+			km_buf_printf(out, ", %s", shape[i]);
+		else if (json)
+			km_buf_printf(out, ", \"%s\": %s", field, json);
+	km_buf_printf(out, "%s}}", more);
+}
+
+static void refuse(const km_moe_tune_context *c, const char *text, const char *says, int code)
+{
+	km_tune_problem problem = km_moe_tune_problem(&c->problem);
+	km_tune_schema schema = km_moe_tune_schema(c);
+	km_tune_table table;
+	km_err err = { 0 };
+	int rc = km_tune_parse(&table, text, strlen(text), "t", &problem, &schema, &err);
+
+	if (rc != code || !strstr(err.msg, says))
+		fail_msg("%s: %d '%s', expected %d '%s'", text, rc, err.msg, code, says);
+	assert_int_equal(table.count, 0);
+}
 
 static void hostile_files_are_sentences(void **state)
 {
@@ -190,6 +230,7 @@ static void hostile_files_are_sentences(void **state)
 		{ "{}", "has no entry", KM_EFORMAT },
 		{ "{\"1\": 3}", "t: 1: an object is expected", KM_EFORMAT },
 		{ "{\"1\": {}}", "1.hidden_size: ", KM_EFORMAT },
+		{ "{\"1\": {}, \"1\": {}}", "is not valid JSON", KM_EFORMAT },
 		{ "{\"\": {}}", "\"\" is not a token count", KM_EFORMAT },
 		{ "{\"01\": {}}", "\"01\" is not a token count", KM_EFORMAT },
 		{ "{\"-4\": {}}", "\"-4\" is not a token count", KM_EFORMAT },
@@ -197,62 +238,52 @@ static void hostile_files_are_sentences(void **state)
 		{ "{\"0\": {}}", "\"0\" is not a token count", KM_EFORMAT },
 		{ "{\"1048577\": {}}", "is not a token count from 1 to 1048576", KM_EFORMAT },
 		{ "{\"99999999999999999999\": {}}", "is not a token count", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE "}, \"1\": {}}", "is not valid JSON",
-		  KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, true) SHAPE "}}",
-		  "1.num_stages: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16.0, 2048, 1, 8, 4) SHAPE "}}",
-		  "1.BLOCK_SIZE_N: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4000000000) SHAPE "}}",
-		  "1.num_stages: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(-8, 16, 2048, 1, 8, 4) SHAPE "}}",
-		  "1.BLOCK_SIZE_M: ", KM_EFORMAT },
-		{ "{\"1\": {\"BLOCK_SIZE_M\": 8, " SHAPE "}}", "1.BLOCK_SIZE_N: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"us\": -1}}",
-		  "1.us: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"us\": \"fast\"}}",
-		  "1.us: ", KM_EFORMAT },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 4) SHAPE ", \"waves_per_eu\": 2}}",
-		  "1.waves_per_eu: no kernel has such a field", KM_EFORMAT },
-		/* tiles that no kernel was built for */
-		{ "{\"1\": {" TILE(8, 48, 2048, 1, 8, 4) SHAPE "}}",
-		  "entry 1: tuning entry: no kernel has", KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 64, 1, 8, 4) SHAPE "}}", "BLOCK_SIZE_K 2048, got 64",
-		  KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 2048, 2, 8, 4) SHAPE "}}",
-		  "GROUP_SIZE_M is 1 or 4, got 2", KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 4, 4) SHAPE "}}", "num_warps is 8, got 4",
-		  KM_EUNSUPPORTED },
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8, 60) SHAPE "}}", "num_stages is 2 to ",
-		  KM_EUNSUPPORTED },
-		/* another problem */
-		{ "{\"1\": {" TILE(8, 16, 2048, 1, 8,
-		                   4) "\"hidden_size\": 4096, \"top_k\": 8, \"group_size\": 32, "
-		                      "\"num_experts\": 384}}",
-		  "1.hidden_size: was tuned for 4096, this shape has 7168", KM_ENOTFOUND },
-		/* other people's */
-		{ "{\"1\": {" TILE(16, 32, 64, 1, 4, 3) "\"waves_per_eu\": 2}}",
+		{ "{\"1\": {\"BLOCK_SIZE_M\": 16, \"BLOCK_SIZE_N\": 32, \"num_warps\": 4}}",
 		  "is a table of SGLang or vLLM", KM_EUNSUPPORTED },
-		{ "{\"triton_version\": \"3.5.0\", \"1\": {" TILE(16, 32, 64, 1, 4,
-		                                                  3) "\"USE_TMA\": false}}",
+		{ "{\"triton_version\": \"3.5.0\", \"1\": {\"num_stages\": 4, \"USE_TMA\": false}}",
 		  "is a table of SGLang or vLLM", KM_EUNSUPPORTED },
 	};
+	static const struct {
+		const char *field, *json, *more, *says;
+		int code;
+	} entries[] = {
+		{ "num_stages", "true", "", "1.num_stages: ", KM_EFORMAT },
+		{ "num_stages", "\"4\"", "", "1.num_stages: ", KM_EFORMAT },
+		{ "BLOCK_SIZE_N", "16.0", "", "1.BLOCK_SIZE_N: ", KM_EFORMAT },
+		{ "num_stages", "4000000000", "", "1.num_stages: ", KM_EFORMAT },
+		{ "BLOCK_SIZE_M", "-8", "", "1.BLOCK_SIZE_M: ", KM_EFORMAT },
+		{ "BLOCK_SIZE_N", NULL, "", "1.BLOCK_SIZE_N: ", KM_EFORMAT },
+		{ "top_k", NULL, "", "1.top_k: ", KM_EFORMAT },
+		{ "", NULL, ", \"us\": -1", "1.us: ", KM_EFORMAT },
+		{ "", NULL, ", \"us\": \"fast\"", "1.us: ", KM_EFORMAT },
+		{ "", NULL, ", \"waves_per_eu\": 2", "1.waves_per_eu: no kernel has such a field",
+		  KM_EFORMAT },
+		/* tiles that no kernel was built for */
+		{ "BLOCK_SIZE_N", "48", "", "entry 1: tuning entry: no kernel has",
+		  KM_EUNSUPPORTED },
+		{ "BLOCK_SIZE_K", "96", "", "got 96", KM_EUNSUPPORTED },
+		{ "GROUP_SIZE_M", "3", "", "GROUP_SIZE_M is ", KM_EUNSUPPORTED },
+		{ "num_warps", "5", "", "got 5", KM_EUNSUPPORTED },
+		{ "num_stages", "60", "", "num_stages is 2 to ", KM_EUNSUPPORTED },
+		/* another problem */
+		{ "hidden_size", "4096", "",
+		  "1.hidden_size: was tuned for 4096, this shape has 7168", KM_ENOTFOUND },
+		{ "num_experts", "3840", "", "1.num_experts: was tuned for 3840", KM_ENOTFOUND },
+	};
 	km_moe_tune_context c = context_of(8, 1);
-	km_tune_problem problem = km_moe_tune_problem(&c.problem);
-	km_tune_schema schema = km_moe_tune_schema(&c);
+	km_buf text = KM_BUF_INIT;
 
 	(void)state;
-	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
-		km_tune_table table;
-		km_err err = { 0 };
-		int rc = km_tune_parse(&table, cases[i].text, strlen(cases[i].text), "t", &problem,
-		                       &schema, &err);
+	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++)
+		refuse(&c, cases[i].text, cases[i].says, cases[i].code);
+	for (size_t i = 0; i < sizeof(entries) / sizeof(*entries); i++) {
+		const char *field = *entries[i].field ? entries[i].field : "none";
 
-		if (rc != cases[i].code || !strstr(err.msg, cases[i].says))
-			fail_msg("%s: %d '%s', expected %d '%s'", cases[i].text, rc, err.msg,
-			         cases[i].code, cases[i].says);
-		assert_int_equal(table.count, 0);
+		km_buf_clear(&text);
+		put_entry(&text, &c, field, entries[i].json, entries[i].more);
+		refuse(&c, text.data, entries[i].says, entries[i].code);
 	}
+	km_buf_release(&text);
 }
 
 /* Every tile that the planner lists is legal in a file, at its own token count. */
@@ -422,10 +453,11 @@ static int fake_candidates(void *context, int tokens, km_tune_entry *out, int ma
 	return f->n;
 }
 
-static int fake_check(void *context, int tokens, const int *values, km_err *err)
+static int fake_check(void *context, int tokens, const int *values, double *us, km_err *err)
 {
 	struct fake *f = context;
 
+	*us = f->us[values[0] - 1];
 	assert_int_equal(tokens, f->tokens);
 	f->checks++;
 	f->clock += f->slow_check;

@@ -247,8 +247,7 @@ static const struct bend bends[] = {
 	  "64]" },
 	{ "tiny-k2-thinking", unpack_one, KM_EFORMAT,
 	  "tensor model.layers.1.mlp.experts.0.gate_proj.weight is stored as BF16, but "
-	  "quantization_config says "
-	  "that this module is packed int4" },
+	  "quantization_config says that this module is packed int4" },
 	{ "tiny-k2-thinking", pack_one, KM_EFORMAT,
 	  "tensor model.layers.1.self_attn.o_proj.weight_packed is quantised, but "
 	  "quantization_config leaves this "

@@ -32,7 +32,8 @@ static const km_option table[] = {
 	  .help = "say what a checkpoint (or a config.json alone) is" },
 	{ .kind = KM_OPT_STRING, .names = "verify", .arg = "DIR", .offset = AT(verify),
 	  .help = "read all of a checkpoint and list what is wrong; exit status 3 if anything is" },
-	{ .kind = KM_OPT_STRING, .names = "synthesize", .arg = "CONFIG.json", .offset = AT(synthesize),
+	{ .kind = KM_OPT_STRING, .names = "synthesize", .arg = "CONFIG.json",
+	  .offset = AT(synthesize),
 	  .help = "make a checkpoint with random weights in the folder OUT" },
 	{ .kind = KM_OPT_STRING, .names = "repack", .arg = "DIR", .offset = AT(repack),
 	  .help = "write DIR to the folder OUT with its int4 experts in the GPU's layout" },
@@ -41,10 +42,12 @@ static const km_option table[] = {
 	{ .kind = KM_OPT_HEADING, .help = "For --inspect and --verify" },
 	{ .kind = KM_OPT_FLAG, .names = "json", .offset = AT(json), .help = "print JSON" },
 	{ .kind = KM_OPT_INT, .names = "max-problems", .arg = "N", .offset = AT(max_problems),
-	  .help = "list at most N problems (default 50); all are counted", .min = 1, .max = 1000000 },
+	  .help = "list at most N problems (default 50); all are counted", .min = 1,
+	  .max = 1000000 },
 	{ .kind = KM_OPT_HEADING, .help = "For --synthesize" },
 	{ .kind = KM_OPT_INT, .names = "seed", .arg = "S", .offset = AT(seed),
-	  .help = "the same seed makes the same bytes (default 0)", .min = 0, .max = 9007199254740992.0 },
+	  .help = "the same seed makes the same bytes (default 0)", .min = 0,
+	  .max = 9007199254740992.0 },
 	{ .kind = KM_OPT_INT, .names = "layers", .arg = "N", .offset = AT(layers),
 	  .help = "only the first N layers", .min = 1, .max = 4096 },
 	{ .kind = KM_OPT_BYTES, .names = "shard-size", .arg = "BYTES", .offset = AT(shard_size),
@@ -53,7 +56,8 @@ static const km_option table[] = {
 	{ .kind = KM_OPT_HEADING, .help = "Always" },
 	{ .kind = KM_OPT_INT, .names = "threads", .arg = "N", .offset = AT(threads),
 	  .help = "threads to use (default: all processors)", .min = 1, .max = 4096 },
-	{ .kind = KM_OPT_FLAG, .names = "quiet,q", .offset = AT(quiet), .help = "no progress on stderr" },
+	{ .kind = KM_OPT_FLAG, .names = "quiet,q", .offset = AT(quiet),
+	  .help = "no progress on stderr" },
 };
 
 static const km_usage usage = {
@@ -118,10 +122,10 @@ static void print_verdict_json(const km_findings *f, const km_verify_result *r)
 
 	for (int i = 0; i < f->kept; i++)
 		json_array_append_new(problems, json_string(f->items[i].sentence));
-	doc = json_pack("{s:b,s:i,s:I,s:I,s:I,s:I,s:o}", "ok", f->count == 0, "files", r->files, "tensors",
-	                (json_int_t)r->tensors, "bytes", (json_int_t)r->bytes, "index_total_size",
-	                (json_int_t)r->index_total_size, "problem_count", (json_int_t)f->count, "problems",
-	                problems);
+	doc = json_pack("{s:b,s:i,s:I,s:I,s:I,s:I,s:o}", "ok", f->count == 0, "files", r->files,
+	                "tensors", (json_int_t)r->tensors, "bytes", (json_int_t)r->bytes,
+	                "index_total_size", (json_int_t)r->index_total_size, "problem_count",
+	                (json_int_t)f->count, "problems", problems);
 	text = json_dumps(doc, JSON_INDENT(2));
 	puts(text);
 	free(text);
@@ -131,15 +135,16 @@ static void print_verdict_json(const km_findings *f, const km_verify_result *r)
 static void print_verdict(const struct options *o, const km_findings *f, const km_verify_result *r)
 {
 	if (r->index_total_size >= 0 && r->index_total_size != r->bytes)
-		fprintf(stderr, "note: the index says %" PRId64 " bytes, the files hold %" PRId64 "\n",
+		fprintf(stderr,
+		        "note: the index says %" PRId64 " bytes, the files hold %" PRId64 "\n",
 		        r->index_total_size, r->bytes);
 	for (int i = 0; i < f->kept; i++)
 		printf("%s\n", f->items[i].sentence);
 	if (f->count > f->kept)
 		printf("and %" PRId64 " more problems\n", f->count - f->kept);
 	if (!f->count)
-		printf("%s: good: %" PRId64 " tensors, %" PRId64 " bytes in %d file%s, all read\n", o->verify,
-		       r->tensors, r->bytes, r->files, r->files == 1 ? "" : "s");
+		printf("%s: good: %" PRId64 " tensors, %" PRId64 " bytes in %d file%s, all read\n",
+		       o->verify, r->tensors, r->bytes, r->files, r->files == 1 ? "" : "s");
 }
 
 static int verify(const struct options *o)
@@ -168,9 +173,13 @@ static int verify(const struct options *o)
 
 static int synthesize(const struct options *o, const char *out)
 {
-	km_synth_options options = { .config_path = o->synthesize, .out_dir = out, .seed = (uint64_t)o->seed,
-		                     .layers = (int)o->layers, .shard_bytes = o->shard_size,
-		                     .quiet = o->quiet, .cancel = &interrupted };
+	km_synth_options options = { .config_path = o->synthesize,
+		                     .out_dir = out,
+		                     .seed = (uint64_t)o->seed,
+		                     .layers = (int)o->layers,
+		                     .shard_bytes = o->shard_size,
+		                     .quiet = o->quiet,
+		                     .cancel = &interrupted };
 	km_synth_result result;
 	double start = km_now_s();
 	km_err err;
@@ -179,9 +188,9 @@ static int synthesize(const struct options *o, const char *out)
 	if (km_synthesize(&options, &result, &err) < 0)
 		return complain(&err);
 	if (!o->quiet)
-		fprintf(stderr, "%s: %" PRId64 " tensors, %.2f GB in %d file%s, %.1f s\n", out, result.tensors,
-		        (double)result.bytes / 1e9, result.shards, result.shards == 1 ? "" : "s",
-		        km_now_s() - start);
+		fprintf(stderr, "%s: %" PRId64 " tensors, %.2f GB in %d file%s, %.1f s\n", out,
+		        result.tensors, (double)result.bytes / 1e9, result.shards,
+		        result.shards == 1 ? "" : "s", km_now_s() - start);
 	return EXIT_OK;
 }
 
@@ -198,9 +207,11 @@ static int repack(const struct options *o, const char *out)
 		return complain(&err);
 	seconds = km_now_s() - start;
 	if (!o->quiet)
-		fprintf(stderr, "%s: %" PRId64 " expert tensors %s, %.2f GB in %d file%s, %.1f s, %.2f GB/s\n",
-		        out, r.experts, o->repack ? "repacked" : "unpacked", (double)r.bytes / 1e9, r.files,
-		        r.files == 1 ? "" : "s", seconds, (double)r.bytes / 1e9 / seconds);
+		fprintf(stderr,
+		        "%s: %" PRId64
+		        " expert tensors %s, %.2f GB in %d file%s, %.1f s, %.2f GB/s\n",
+		        out, r.experts, o->repack ? "repacked" : "unpacked", (double)r.bytes / 1e9,
+		        r.files, r.files == 1 ? "" : "s", seconds, (double)r.bytes / 1e9 / seconds);
 	return EXIT_OK;
 }
 
@@ -226,7 +237,8 @@ int main(int argc, char **argv)
 	outs = (o.synthesize != NULL) + (o.repack != NULL) + (o.unpack != NULL);
 	jobs = (o.inspect != NULL) + (o.verify != NULL) + outs;
 	if (jobs != 1)
-		return usage_error("one of --inspect, --verify, --synthesize, --repack and --unpack is needed");
+		return usage_error("one of --inspect, --verify, --synthesize, --repack and "
+		                   "--unpack is needed");
 	if (operands != outs)
 		return usage_error(outs ? "the folder OUT is needed" : "an operand too many");
 	if (!o.synthesize && (o.seed || o.layers || o.shard_size))

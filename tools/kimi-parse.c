@@ -92,6 +92,8 @@ static int read_tools(const char *path, json_t **root, const json_t **tools, km_
 	json_error_t error;
 
 	*root = json_load_file(path, JSON_DECODE_ANY, &error);
+	if (!*root && error.line < 0)
+		return km_fail(err, KM_EIO, "--tools: %s", error.text);
 	if (!*root)
 		return km_fail(err, KM_EFORMAT, "--tools %s: %s (line %d)", path, error.text,
 		               error.line);

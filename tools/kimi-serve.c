@@ -247,8 +247,12 @@ static enum km_kv_dtype kv_dtype(const char *name)
 
 static enum km_log_level log_level(const char *name)
 {
-	return *name == 'e' ? KM_LOG_ERROR : *name == 'w' ? KM_LOG_WARN : *name == 'i' ? KM_LOG_INFO :
-	                      KM_LOG_DEBUG;
+	switch (*name) {
+	case 'e': return KM_LOG_ERROR;
+	case 'w': return KM_LOG_WARN;
+	case 'd': return KM_LOG_DEBUG;
+	}
+	return KM_LOG_INFO;
 }
 
 static void engine_options(const struct options *o, km_engine_options *e)
@@ -398,8 +402,8 @@ static int check(const struct options *o, km_err *err)
 		return km_fail(err, KM_EINVAL, "--api-key is empty, which would be no key");
 	if (o->batch && o->queued)
 		return km_fail(err, KM_EINVAL,
-		               "--max-queued-requests is for serving; the lines of --batch wait in the "
-		               "input");
+		               "--max-queued-requests is for serving; the lines of --batch wait in "
+		               "the input");
 	return 0;
 }
 

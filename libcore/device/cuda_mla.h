@@ -1,10 +1,10 @@
 /*
  * Attention on the GPU: doing what a plan (device/mla_plan.h) says.
  *
- * Each call enqueues on the GPU's stream: it allocates nothing, waits for nothing, and launches the same
- * kernels whatever the data, so it may be captured; kv_len, positions, slots and pages are read on the
- * device. All pointers are device memory; a shape that a kernel was not built for is refused with a
- * sentence.
+ * Each call enqueues on the GPU's stream: it allocates nothing, waits for nothing, and launches the
+ * same kernels whatever the data, so it may be captured; kv_len, positions, slots and pages are
+ * read on the device. All pointers are device memory; a shape that a kernel was not built for is
+ * refused with a sentence.
  */
 #ifndef KM_DEVICE_CUDA_MLA_H
 #define KM_DEVICE_CUDA_MLA_H
@@ -30,9 +30,10 @@ typedef struct km_mla_decode_buffers {
 	float scale;
 } km_mla_decode_buffers;
 
-/* The first `seqs` sequences of a step, a row each: absorbed query, attention, W_vc of the result. */
-int km_cuda_mla_decode(km_cuda *cuda, const km_mla_decode_plan *plan, const km_mla_shape *shape, int seqs,
-                       const km_mla_decode_buffers *buffers, km_err *err);
+/* The first `seqs` sequences of a step, a row each: absorbed query, attention, W_vc of the
+ * result. */
+int km_cuda_mla_decode(km_cuda *cuda, const km_mla_decode_plan *plan, const km_mla_shape *shape,
+                       int seqs, const km_mla_decode_buffers *buffers, km_err *err);
 
 typedef struct km_mla_prefill_buffers {
 	km_mla_cache cache;
@@ -42,14 +43,14 @@ typedef struct km_mla_prefill_buffers {
 	const void *q;            /* bf16 [tokens, heads, nope_dim + rope_dim], rotated */
 	void *latents;            /* bf16 [room, kv_lora_rank + rope_dim] */
 	const void *kv;           /* bf16 [room, heads * (nope_dim + v_dim)] */
-	float *state;             /* [tokens, heads, v_dim + 2] when the plan keeps any, else NULL */
+	float *state; /* [tokens, heads, v_dim + 2] when the plan keeps any, else NULL */
 	void *out;                /* bf16 [tokens, heads, v_dim] */
 	float scale;
 } km_mla_prefill_buffers;
 
 /*
- * A wave: gather, then the caller's product kv = latents[:, :kv_lora_rank] kv_bᵀ over the wave's tokens
- * (rows of latents are kv_lora_rank + rope_dim apart), then attend.
+ * A wave: gather, then the caller's product kv = latents[:, :kv_lora_rank] kv_bᵀ over the wave's
+ * tokens (rows of latents are kv_lora_rank + rope_dim apart), then attend.
  */
 int km_cuda_mla_gather(km_cuda *cuda, const km_mla_wave *wave, const km_mla_shape *shape,
                        const km_mla_prefill_buffers *buffers, km_err *err);

@@ -14,10 +14,11 @@ bool km_mla_tensor_fits(const km_mla_shape *s, const km_mla_device *d)
 }
 
 /*
- * Splits. A block takes FIXED tiles' time before and after its run (the query comes in, 128 KB of sums
- * go out) and one for each tile; blocks run in waves of one a multiprocessor. The best count of splits
- * is the one whose waves end first; among equals the smallest, since each split is 2 KB a head for the
- * last launch to read. More than MAX_SPLITS would cost that launch more than they save.
+ * Splits. A block takes FIXED tiles' time before and after its run (the query comes in, 128 KB of
+ * sums go out) and one for each tile; blocks run in waves of one a multiprocessor. The best count
+ * of splits is the one whose waves end first; among equals the smallest, since each split is 2 KB a
+ * head for the last launch to read. More than MAX_SPLITS would cost that launch more than they
+ * save.
  */
 enum { MAX_SPLITS = 160, HEADS_OF_BLOCK = 64 };
 
@@ -41,7 +42,8 @@ static int choose_splits(int blocks, int tiles, int multiprocessors)
 	return best;
 }
 
-/* A head's rows of kv_b are shared by as many blocks as find a multiprocessor free. */
+/* A head's rows of kv_b are shared by as many blocks as run at once: a second wave of them costs as
+ * much as the first (on an H100 at 64 heads and one row 7 us with 2, 14 with 4). */
 static int choose_v_blocks(int heads, int seqs, int multiprocessors)
 {
 	int v_blocks = 4;
@@ -54,7 +56,9 @@ static int choose_v_blocks(int heads, int seqs, int multiprocessors)
 km_mla_decode_plan km_mla_plan_decode(const km_mla_shape *shape, int seqs, int max_context,
                                       const km_mla_device *device)
 {
-	km_mla_decode_plan p = { .tensor = km_mla_tensor_fits(shape, device), .splits = 1, .v_blocks = 1 };
+	km_mla_decode_plan p = { .tensor = km_mla_tensor_fits(shape, device),
+		                 .splits = 1,
+		                 .v_blocks = 1 };
 
 	if (!p.tensor)
 		return p;
@@ -108,7 +112,8 @@ static int open_wave(filling *f, km_err *err)
 	if (f->wave && f->wave->tokens < f->room)
 		return 0;
 	if (p->waves == p->max_waves)
-		return km_fail(err, KM_ELIMIT, "prefill needs more than the planned %d waves", p->max_waves);
+		return km_fail(err, KM_ELIMIT, "prefill needs more than the planned %d waves",
+		               p->max_waves);
 	f->wave = &p->wave[p->waves++];
 	*f->wave = (km_mla_wave){ .runs_from = f->runs, .tiles_from = f->tiles };
 	return 0;
@@ -120,7 +125,8 @@ static int add_runs(filling *f, int seq, int first, int count, km_err *err)
 		int n = count - at < KM_MLA_RUN ? count - at : KM_MLA_RUN;
 
 		if (f->runs == f->plan->max_runs)
-			return km_fail(err, KM_ELIMIT, "prefill needs more than the planned %d runs",
+			return km_fail(err, KM_ELIMIT,
+			               "prefill needs more than the planned %d runs",
 			               f->plan->max_runs);
 		f->plan->runs[f->runs++] =
 			(km_mla_run){ seq, first + at, n, f->wave->tokens + at };
@@ -129,8 +135,8 @@ static int add_runs(filling *f, int seq, int first, int count, km_err *err)
 	return 0;
 }
 
-/* The sequence's rows against one piece of its context, those that see most of it first. Rows that end
- * before the piece have had their result. */
+/* The sequence's rows against one piece of its context, those that see most of it first. Rows that
+ * end before the piece have had their result. */
 static int add_tiles(filling *f, const km_batch *b, int seq, int first, int count, km_err *err)
 {
 	int start = b->seq_start[seq], rows = b->seq_start[seq + 1] - start;
@@ -145,7 +151,8 @@ static int add_tiles(filling *f, const km_batch *b, int seq, int first, int coun
 		if (last < first)
 			break;
 		if (f->tiles == f->plan->max_tiles)
-			return km_fail(err, KM_ELIMIT, "prefill needs more than the planned %d tiles",
+			return km_fail(err, KM_ELIMIT,
+			               "prefill needs more than the planned %d tiles",
 			               f->plan->max_tiles);
 		f->plan->tiles[f->tiles++] = tile;
 		f->plan->state |= tile.goes_on != 0;

@@ -1,15 +1,17 @@
 /*
- * Attention on a GPU, chosen and cut up on the host: pure functions, the same for a device and a shape.
+ * Attention on a GPU, chosen and cut up on the host: pure functions, the same for a device and a
+ * shape.
  *
- * Decode: a sequence's cached tokens are cut into `splits` runs of whole tiles of KM_MLA_TILE tokens,
- * one block of the GPU each; what they leave is put together in the order of the runs. A row's result
- * depends on its own length and on `splits`, on nothing else, so a plan made for a graph holds for every
- * length that the graph sees.
+ * Decode: a sequence's cached tokens are cut into `splits` runs of whole tiles of KM_MLA_TILE
+ * tokens, one block of the GPU each; what they leave is put together in the order of the runs. A
+ * row's result depends on its own length and on `splits`, on nothing else, so a plan made for a
+ * graph holds for every length that the graph sees.
  *
- * Prefill: keys and values of cached tokens are rebuilt into scratch that holds `room` tokens, so a step
- * is done in waves: each gathers runs of cached tokens, multiplies them by kv_b, and lets tiles of rows
- * attend to them. A sequence too long for one wave goes on in the next, its rows' softmax kept in
- * between. Waves are cut at multiples of KM_MLA_PREFILL_TILE, so that no row's result depends on the cut.
+ * Prefill: keys and values of cached tokens are rebuilt into scratch that holds `room` tokens, so a
+ * step is done in waves: each gathers runs of cached tokens, multiplies them by kv_b, and lets
+ * tiles of rows attend to them. A sequence too long for one wave goes on in the next, its rows'
+ * softmax kept in between. Waves are cut at multiples of KM_MLA_PREFILL_TILE, so that no row's
+ * result depends on the cut.
  */
 #ifndef KM_DEVICE_MLA_PLAN_H
 #define KM_DEVICE_MLA_PLAN_H
@@ -68,8 +70,8 @@ typedef struct km_mla_prefill_plan {
  * sequences that cache up to max_context tokens each. `room`, a multiple of KM_MLA_PREFILL_TILE. */
 void km_mla_prefill_capacity(km_mla_prefill_plan *plan, int max_rows, int max_seqs, int max_context,
                              int room);
-/* batch->seq_start and batch->positions are read, of the sequences from decode_seqs on. KM_ELIMIT when
- * the arrays are too small. */
+/* batch->seq_start and batch->positions are read, of the sequences from decode_seqs on. KM_ELIMIT
+ * when the arrays are too small. */
 int km_mla_plan_prefill(km_mla_prefill_plan *plan, const km_batch *batch, int room, km_err *err);
 
 #endif

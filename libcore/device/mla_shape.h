@@ -1,4 +1,5 @@
-/* What the attention's plans and its kernels share: a shape, and the pieces that a step is cut into. */
+/* What the attention's plans and its kernels share: a shape, and the pieces that a step is cut
+ * into. */
 #ifndef KM_DEVICE_MLA_SHAPE_H
 #define KM_DEVICE_MLA_SHAPE_H
 
@@ -16,13 +17,14 @@ typedef struct km_mla_shape {
 	bool fp8; /* the cache: e4m3, scale 1; else bf16 */
 } km_mla_shape;
 
-/* Cached tokens [first, first + count) of a sequence, at `offset` in the scratch; count <= KM_MLA_RUN. */
+/* Cached tokens [first, first + count) of a sequence, at `offset` in the scratch; count <=
+ * KM_MLA_RUN. */
 typedef struct km_mla_run {
 	int32_t seq, first, count, offset;
 } km_mla_run;
 
-/* Rows [row, row + rows) of the batch, against cached tokens [first, first + count) of their sequence,
- * which are at `offset` in the scratch. */
+/* Rows [row, row + rows) of the batch, against cached tokens [first, first + count) of their
+ * sequence, which are at `offset` in the scratch. */
 typedef struct km_mla_tile {
 	int32_t row, rows, first, count, offset;
 	int32_t resumes, goes_on; /* the rows' softmax is in, or is left in, the state */

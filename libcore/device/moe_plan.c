@@ -14,7 +14,8 @@
 #include "format/moe_layout.h"
 
 enum {
-	WARPS = 8,
+	PREFILL_M = 128,           /* places of the warp-group form's tile: kernels/moe_prefill.cu */
+	PREFILL_TOKENS = 1024,     /* from which it is taken */
 	MAX_STAGES = 16,
 	MAX_X_STAGES = 4,
 	SMEM_BYTES = 227 * 1024,   /* that a block of capability 9.0 can have */
@@ -25,48 +26,48 @@ enum {
 	PART_F32_TOKENS = 128,     /* above, the traffic of f32 would show, and bf16 costs 0.0007 of error */
 	MAX_TOP_K = 32,
 	MAX_EXPERTS = 1024,
+	MAX_BLOCKS = 255,
 	PAD = 16,                  /* bytes between rows of activations, against bank conflicts */
 };
 
 /* kernels/moe_int4.cuh has a kernel for each. */
 static const struct shape {
-	int block_m, block_n, rows_per_warp;
+	int block_m, block_n, rows_per_warp, warps, records; /* records: of a row block, a warp's in a stage */
 } shapes[] = {
-	{ 8, 16, 16 },  { 8, 32, 16 },   { 8, 64, 16 },   { 8, 128, 16 },
-	{ 16, 32, 16 }, { 16, 64, 16 },  { 16, 128, 16 }, { 32, 128, 32 },
-	{ 32, 256, 32 }, { 64, 256, 32 }, { 128, 256, 32 },
+	{ 8, 32, 32, 16, 1 },  { 8, 64, 32, 16, 1 },   { 8, 128, 32, 16, 1 },  { 8, 256, 32, 16, 1 },
+	{ 16, 64, 16, 16, 1 }, { 16, 128, 16, 16, 1 }, { 16, 256, 16, 16, 1 }, { 32, 128, 16, 16, 1 },
+	{ 32, 256, 32, 8, 2 }, { 64, 256, 32, 8, 2 }, { PREFILL_M, 256, 32, 8, 1 },
 };
 enum { SHAPES = sizeof(shapes) / sizeof(*shapes) };
 
 static int split_of(const struct shape *s)
 {
-	return WARPS * s->rows_per_warp / s->block_n;
+	return s->warps * s->rows_per_warp / s->block_n;
 }
 
 static int block_k_of(const struct shape *s)
 {
-	return 2 * KM_MOE_RECORD_COLS * split_of(s);
+	return s->records * KM_MOE_RECORD_COLS * split_of(s);
 }
 
 static size_t stage_bytes(const struct shape *s, int group)
 {
-	return (size_t)(WARPS * 2 * s->rows_per_warp / 16) * (size_t)KM_MOE_RECORD_BYTES(group);
+	return (size_t)(s->warps * s->records * s->rows_per_warp / 16) * (size_t)KM_MOE_RECORD_BYTES(group);
 }
 
-static size_t x_stage_bytes(const struct shape *s, int tokens)
+/* Sorted inside, a tile has no more places than there are tokens. */
+static bool sorts_inside(const struct shape *s, const km_moe_problem *p)
 {
-	int rows = tokens < s->block_m ? tokens : s->block_m;
-
-	return (size_t)rows * (size_t)(2 * block_k_of(s) + PAD);
+	return s->block_m == 8 && p->tokens * p->top_k <= INSIDE_PLACES;
 }
 
-/* Of the warps that share a row, all but one hand over their sums; the decode form keeps its places'. */
-static size_t sums_bytes(const struct shape *s)
+static size_t x_stage_bytes(const struct shape *s, const km_moe_problem *p)
 {
-	size_t split = (size_t)(split_of(s) - 1) * (size_t)(s->block_n * s->block_m) * 4;
-	size_t direct = s->block_m == 8 ? DIRECT_PLACES * 17 * 4 : 0;
+	int most = sorts_inside(s, p) ? p->tokens : p->tokens * p->top_k;
+	int pad = s->block_m == PREFILL_M ? 0 : PAD;
+	int rows = s->block_m <= 16 && most < s->block_m ? most : s->block_m;
 
-	return split > direct ? split : direct;
+	return (size_t)rows * (size_t)(2 * block_k_of(s) + pad);
 }
 
 static bool decode_fits(const struct shape *s, const km_moe_problem *p)
@@ -76,9 +77,25 @@ static bool decode_fits(const struct shape *s, const km_moe_problem *p)
 	return s->block_m == 8 && places <= DIRECT_PLACES && places * p->intermediate <= DIRECT_VALUES;
 }
 
+static int blocks_of(const km_moe_device *d)
+{
+	return d->multiprocessors < MAX_BLOCKS ? d->multiprocessors : MAX_BLOCKS;
+}
+
+/* Of the warps that share a row, all but one hand over their sums; the decode form keeps those of all
+ * places, for the 16-row blocks that a block of the grid has, in rows of 17 against bank conflicts. */
+static size_t sums_bytes(const struct shape *s, const km_moe_problem *p, const km_moe_device *d)
+{
+	size_t split = (size_t)(split_of(s) - 1) * (size_t)(s->block_n * s->block_m) * 4;
+	size_t rows = (size_t)((p->hidden / 16 + blocks_of(d) - 1) / blocks_of(d));
+	size_t direct = decode_fits(s, p) ? rows * (size_t)(p->tokens * p->top_k) * 17 * 4 : 0;
+
+	return ((split > direct ? split : direct) + 127) / 128 * 128;
+}
+
 static size_t x_bytes(const struct shape *s, const km_moe_problem *p, int x_stages)
 {
-	size_t ring = x_stage_bytes(s, p->tokens) * (size_t)x_stages;
+	size_t ring = x_stage_bytes(s, p) * (size_t)x_stages;
 	size_t places = (size_t)(p->tokens * p->top_k);
 	size_t direct = decode_fits(s, p) ? places * (size_t)(2 * p->intermediate + PAD) : 0;
 
@@ -86,27 +103,30 @@ static size_t x_bytes(const struct shape *s, const km_moe_problem *p, int x_stag
 }
 
 /* Stages of weights that fit beside `x_stages` of activations. */
-static int stages_beside(const struct shape *s, const km_moe_problem *p, int x_stages)
+static int stages_beside(const struct shape *s, const km_moe_problem *p, const km_moe_device *d,
+                         int x_stages)
 {
-	size_t used = MISC_BYTES + sums_bytes(s) + x_bytes(s, p, x_stages);
+	size_t used = MISC_BYTES + sums_bytes(s, p, d) + x_bytes(s, p, x_stages);
 	size_t fit = used < SMEM_BYTES ? (SMEM_BYTES - used) / stage_bytes(s, p->group) : 0;
 
 	return fit > MAX_STAGES ? MAX_STAGES : (int)fit;
 }
 
 /* Three stages of activations hide their way from L2 where that leaves four of weights. */
-static int choose_x_stages(const struct shape *s, const km_moe_problem *p)
+static int choose_x_stages(const struct shape *s, const km_moe_problem *p, const km_moe_device *d)
 {
 	for (int n = MAX_X_STAGES; n > 2; n--)
-		if (stages_beside(s, p, n) >= (n == 3 ? 4 : 6))
+		if (stages_beside(s, p, d, n) >= (n == 3 ? 4 : 6))
 			return n;
 	return 2;
 }
 
-static bool shape_fits(const struct shape *s, const km_moe_problem *p)
+static bool shape_fits(const struct shape *s, const km_moe_problem *p, const km_moe_device *d)
 {
-	return 2 * p->intermediate % s->block_n == 0 && p->hidden % (WARPS * s->rows_per_warp) == 0 &&
-	       stages_beside(s, p, 2) >= 2;
+	if (s->block_m == PREFILL_M && (p->tokens <= PART_F32_TOKENS || d->capability != 90))
+		return false;
+	return 2 * p->intermediate % s->block_n == 0 && p->hidden % (s->warps * s->rows_per_warp) == 0 &&
+	       stages_beside(s, p, d, 2) >= 2;
 }
 
 /* Why only the general form can run; NULL: the streaming kernel can. */
@@ -117,7 +137,7 @@ static const char *stream_misses(const km_moe_problem *p, const km_moe_device *d
 	if (!p->packed)
 		return "the weights are not int4 in the packed layout";
 	for (int i = 0; i < SHAPES; i++)
-		if (shape_fits(&shapes[i], p))
+		if (shape_fits(&shapes[i], p, d))
 			return NULL;
 	return "no tile fits the hidden size";
 }
@@ -159,7 +179,9 @@ static int choose_block_m(const km_moe_problem *p)
 
 	if (p->tokens <= 8)
 		return 8;
-	return most <= 9 ? 8 : most <= 17 ? 16 : most <= 34 ? 32 : most <= 66 ? 64 : 128;
+	if (p->tokens >= PREFILL_TOKENS)
+		return PREFILL_M;
+	return most <= 9 ? 8 : most <= 17 ? 16 : most <= 34 ? 32 : 64;
 }
 
 static const struct shape *choose_shape(const km_moe_problem *p, const km_moe_device *d)
@@ -171,7 +193,7 @@ static const struct shape *choose_shape(const km_moe_problem *p, const km_moe_de
 		const struct shape *s = &shapes[i];
 		double tiles = expected_experts(p) * 2 * p->intermediate / s->block_n;
 
-		if (!shape_fits(s, p) || s->block_m > block_m)
+		if (!shape_fits(s, p, d) || s->block_m > block_m)
 			continue;
 		if (!best || s->block_m > best->block_m || tiles >= 8.0 * d->multiprocessors)
 			best = s;
@@ -187,14 +209,14 @@ static const struct shape *find_shape(const km_moe_tile *t)
 	return NULL;
 }
 
-static int check_entry(const km_moe_tile *t, const km_moe_problem *p, km_err *err)
+static int check_entry(const km_moe_tile *t, const km_moe_problem *p, const km_moe_device *d, km_err *err)
 {
 	const struct shape *s = find_shape(t);
 
 	if (!s)
 		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: no kernel has BLOCK_SIZE_M %d with BLOCK_SIZE_N %d",
 		               t->block_m, t->block_n);
-	if (!shape_fits(s, p))
+	if (!shape_fits(s, p, d))
 		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: BLOCK_SIZE_N %d does not fit hidden %d and "
 		               "intermediate %d", t->block_n, p->hidden, p->intermediate);
 	if (t->block_k != block_k_of(s))
@@ -202,27 +224,30 @@ static int check_entry(const km_moe_tile *t, const km_moe_problem *p, km_err *er
 		               "BLOCK_SIZE_K %d, got %d", t->block_m, t->block_n, block_k_of(s), t->block_k);
 	if (t->group_m != 1 && t->group_m != 4)
 		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: GROUP_SIZE_M is 1 or 4, got %d", t->group_m);
-	if (t->warps != WARPS)
-		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: num_warps is %d, got %d", WARPS, t->warps);
-	if (t->stages < 2 || t->stages > stages_beside(s, p, 2))
+	if (t->warps != s->warps)
+		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: num_warps is %d, got %d", s->warps, t->warps);
+	if (t->stages < 2 || t->stages > stages_beside(s, p, d, 2))
 		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: num_stages is 2 to %d here, got %d",
-		               stages_beside(s, p, 2), t->stages);
+		               stages_beside(s, p, d, 2), t->stages);
 	return 0;
 }
 
 static void fill_stream(km_moe_plan *plan, const struct shape *s, const km_moe_problem *p,
                         const km_moe_device *d)
 {
-	plan->form = decode_fits(s, p) ? KM_MOE_DECODE : KM_MOE_GROUPED;
+	plan->form = decode_fits(s, p)          ? KM_MOE_DECODE
+	             : s->block_m == PREFILL_M ? KM_MOE_PREFILL
+	                                       : KM_MOE_GROUPED;
 	plan->rows_per_warp = s->rows_per_warp;
 	plan->split = split_of(s);
 	plan->x_stages = MAX_X_STAGES;
-	while (plan->x_stages > 2 && stages_beside(s, p, plan->x_stages) < plan->tile.stages)
+	while (plan->x_stages > 2 && stages_beside(s, p, d, plan->x_stages) < plan->tile.stages)
 		plan->x_stages--;
-	plan->blocks = d->multiprocessors;
-	plan->align_inside = p->tokens * p->top_k <= INSIDE_PLACES && s->block_m == 8;
+	plan->blocks = blocks_of(d);
+	plan->sums_bytes = sums_bytes(s, p, d);
+	plan->align_inside = sorts_inside(s, p);
 	plan->part_bf16 = p->tokens > PART_F32_TOKENS;
-	plan->smem_bytes = MISC_BYTES + sums_bytes(s) + x_bytes(s, p, plan->x_stages) +
+	plan->smem_bytes = MISC_BYTES + sums_bytes(s, p, d) + x_bytes(s, p, plan->x_stages) +
 	                   (size_t)plan->tile.stages * stage_bytes(s, p->group);
 }
 
@@ -240,14 +265,14 @@ int km_moe_plan_make(km_moe_plan *plan, const km_moe_problem *p, const km_moe_de
 		return 0;
 	}
 	if (entry) {
-		KM_TRY(check_entry(entry, p, err));
+		KM_TRY(check_entry(entry, p, d, err));
 		s = find_shape(entry);
 		plan->tile = *entry;
 		plan->tuned = true;
 	} else {
 		s = choose_shape(p, d);
-		plan->tile = (km_moe_tile){ s->block_m, s->block_n, block_k_of(s), 1, WARPS,
-			                    stages_beside(s, p, choose_x_stages(s, p)) };
+		plan->tile = (km_moe_tile){ s->block_m, s->block_n, block_k_of(s), 1, s->warps,
+			                    stages_beside(s, p, d, choose_x_stages(s, p, d)) };
 	}
 	fill_stream(plan, s, p, d);
 	return 0;
@@ -264,12 +289,12 @@ int km_moe_candidates(const km_moe_problem *p, const km_moe_device *d, km_moe_ti
 		const struct shape *s = &shapes[i];
 		int most, last = 0;
 
-		if (!shape_fits(s, p))
+		if (!shape_fits(s, p, d))
 			continue;
-		most = stages_beside(s, p, 2);
+		most = stages_beside(s, p, d, 2);
 		for (int x = 2; x <= MAX_X_STAGES; x++)
 			for (int g = 0; g < 2; g++) {
-				int stages = x == 2 ? most : stages_beside(s, p, x);
+				int stages = x == 2 ? most : stages_beside(s, p, d, x);
 
 				if (stages < 2 || (stages == last && g == 0))
 					break;
@@ -278,7 +303,7 @@ int km_moe_candidates(const km_moe_problem *p, const km_moe_device *d, km_moe_ti
 					continue; /* one tile of places an expert at most */
 				if (count < max)
 					tiles[count] = (km_moe_tile){ s->block_m, s->block_n, block_k_of(s),
-						                      groups[g], WARPS, stages };
+						                      groups[g], s->warps, stages };
 				count++;
 			}
 	}
@@ -311,7 +336,7 @@ size_t km_moe_scratch_size(const km_moe_problem *p, const km_moe_device *d)
 
 const char *km_moe_form_name(enum km_moe_form form)
 {
-	static const char *const names[] = { "decode", "grouped", "general" };
+	static const char *const names[] = { "decode", "prefill", "grouped", "general" };
 
 	return names[form];
 }

@@ -6,14 +6,14 @@
  * km_moe_candidates lists every tile that km_moe_plan_make takes for a problem: what a tuner searches. The
  * numbers carry the names of the tuning files' keys; a file's entry for M tokens is one km_moe_tile.
  *
- *   block_m  BLOCK_SIZE_M: routed places (tokens of one expert) that a tile takes; 8 to 128
- *   block_n  BLOCK_SIZE_N: rows of the gate-and-up matrix (2 * intermediate) in a tile; 16 to 256
+ *   block_m  BLOCK_SIZE_M: routed places (tokens of one expert) that a tile takes; 8 to 64
+ *   block_n  BLOCK_SIZE_N: rows of the gate-and-up matrix (2 * intermediate) in a tile; 32 to 256
  *   block_k  BLOCK_SIZE_K: columns of it in one stage of shared memory; follows from the other two
  *   group_m  GROUP_SIZE_M: tiles of places that share a pass over the rows; 1 or 4
- *   warps    num_warps: that multiply; 8
+ *   warps    num_warps: that multiply; follows from the first two too: 8 or 16
  *   stages   num_stages: of weights in shared memory; 2 up to what fits
- * The down projection runs in the same launch: its tile has the same places, 128 rows for each 16 or 32
- * that a warp holds, and up to 256 columns a stage, so there is no table of its own.
+ * The down projection runs in the same launch: its tile has the same places, 128 to 512 rows
+ * and up to 256 columns a stage, so there is no table of its own.
  *
  * km_moe_plan_explain says the choice and its reason. Any thread.
  */
@@ -49,6 +49,7 @@ typedef struct km_moe_tile {
 
 enum km_moe_form {
 	KM_MOE_DECODE,  /* one launch; the down projection sums over the experts on chip */
+	KM_MOE_PREFILL, /* as grouped, by warp-group matrix instructions */
 	KM_MOE_GROUPED, /* one launch after the alignment's; each place's output passes through memory */
 	KM_MOE_GENERAL, /* three launches, CUDA cores: any weight type and shape */
 };
@@ -60,7 +61,7 @@ typedef struct km_moe_plan {
 	int split;          /* warps that share a row of gate-and-up, each with a part of the columns */
 	int x_stages;       /* of activations in shared memory */
 	int blocks;         /* of the grid */
-	size_t smem_bytes;
+	size_t smem_bytes, sums_bytes; /* of a block; of it, for sums that pass between warps */
 	bool align_inside;  /* each block sorts the ids for itself; else kk_align runs before */
 	bool part_bf16;     /* the places' outputs, before they are summed, are bf16; else f32 */
 	bool tuned;         /* the tile is a tuning entry's */

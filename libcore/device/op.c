@@ -44,7 +44,8 @@ static km_cost linear_cost(const km_linear_args *a)
 	double rows = a->w->rows, cols = a->w->cols;
 
 	return (km_cost){
-		(double)km_weight_bytes(a->w) + 4.0 * a->tokens * (cols + rows * (a->accumulate ? 2 : 1)),
+		(double)km_weight_bytes(a->w) +
+			4.0 * a->tokens * (cols + rows * (a->accumulate ? 2 : 1)),
 		2.0 * a->tokens * rows * cols,
 	};
 }
@@ -66,9 +67,11 @@ static km_cost kv_write_cost(const km_kv_write_args *a)
 static km_cost mla_cost(const km_mla_args *a, bool decode)
 {
 	const km_batch *batch = a->batch;
-	double lora = a->kv_lora_rank, key = a->nope_dim + a->rope_dim, rows = 0, macs = 0, cached = 0;
+	double lora = a->kv_lora_rank, key = a->nope_dim + a->rope_dim, rows = 0, macs = 0,
+	       cached = 0;
 
-	for (int s = decode ? 0 : batch->decode_seqs; s < (decode ? batch->decode_seqs : batch->seqs); s++) {
+	for (int s = decode ? 0 : batch->decode_seqs;
+	     s < (decode ? batch->decode_seqs : batch->seqs); s++) {
 		double seen = 0, context = 0;
 
 		for (int t = batch->seq_start[s]; t < batch->seq_start[s + 1]; t++, rows++) {
@@ -77,7 +80,8 @@ static km_cost mla_cost(const km_mla_args *a, bool decode)
 		}
 		cached += context;
 		macs += decode ? lora * (a->nope_dim + a->v_dim) + seen * (2 * lora + a->rope_dim)
-		               : context * lora * (a->nope_dim + a->v_dim) + seen * (key + a->v_dim);
+		               : context * lora * (a->nope_dim + a->v_dim) +
+		                         seen * (key + a->v_dim);
 	}
 	return (km_cost){
 		(rows ? (double)km_weight_bytes(a->kv_b) : 0) +
@@ -113,8 +117,9 @@ static km_cost moe_cost(const km_moe_args *a)
 			rows += a->ids[i] == e && a->weights[i] != 0;
 		pairs += rows;
 		if (rows)
-			weights += (double)(km_weight_bytes(&a->gate[e]) + km_weight_bytes(&a->up[e]) +
-			                    km_weight_bytes(&a->down[e]));
+			weights +=
+				(double)(km_weight_bytes(&a->gate[e]) + km_weight_bytes(&a->up[e]) +
+			                 km_weight_bytes(&a->down[e]));
 	}
 	return (km_cost){
 		weights + 4.0 * a->tokens * (3.0 * a->hidden + 2.0 * a->top_k),
@@ -165,13 +170,14 @@ static void *carve(void *base, size_t *used, size_t count)
 	return piece;
 }
 
-/* A thread's floats hold the f32 latents of a block, and: for prefill the rebuilt keys and values of
- * a block, scores of a few rows, and each row's running maximum and sum; for decode the same for the
- * heads. */
+/* A thread's floats hold the f32 latents of a block, and: for prefill the rebuilt keys and values
+ * of a block, scores of a few rows, and each row's running maximum and sum; for decode the same for
+ * the heads. */
 size_t km_cpu_mla_layout(km_cpu_mla_scratch *s, const km_mla_args *a, int max_tokens, int threads,
                          void *base)
 {
-	size_t seqs = (size_t)smaller(max_tokens, KM_CPU_MLA_SEQS), heads = (size_t)a->heads, used = 0;
+	size_t seqs = (size_t)smaller(max_tokens, KM_CPU_MLA_SEQS), heads = (size_t)a->heads,
+	       used = 0;
 	size_t lora = (size_t)a->kv_lora_rank, rope = (size_t)a->rope_dim, block = KM_CPU_MLA_BLOCK;
 	size_t padded = (lora + rope + 15) / 16 * 16;
 	size_t key_value = (size_t)(a->nope_dim + a->v_dim) + rope;

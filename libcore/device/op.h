@@ -1,15 +1,16 @@
 /*
  * The op table: the steps of the model, one form for each backend.
  *
- * An op is a function of a POD argument struct; it enqueues work (the CPU runs it at once), allocates
- * nothing and checks nothing that the model has checked. Activations are f32, row-major. The plain C
- * form (device/cpu_plain.c) is the specification; each other form is compared with it under the bound
- * stated in tests/test_ops.c. On one backend a row's result never depends on the other rows of the
- * batch: sums over columns have one fixed order whatever `tokens` is, and no sum is split by threads.
+ * An op is a function of a POD argument struct; it enqueues work (the CPU runs it at once),
+ * allocates nothing and checks nothing that the model has checked. Activations are f32, row-major.
+ * The plain C form (device/cpu_plain.c) is the specification; each other form is compared with it
+ * under the bound stated in tests/test_ops.c. On one backend a row's result never depends on the
+ * other rows of the batch: sums over columns have one fixed order whatever `tokens` is, and no sum
+ * is split by threads.
  *
- * The CPU forms run on OpenMP's threads (omp_set_num_threads of the calling thread), one thread where
- * a call is too small to pay for more, never more than scratch was sized for. Scratch is 64-byte
- * aligned, belongs to the call and needs no clearing.
+ * The CPU forms run on OpenMP's threads (omp_set_num_threads of the calling thread), one thread
+ * where a call is too small to pay for more, never more than scratch was sized for. Scratch is
+ * 64-byte aligned, belongs to the call and needs no clearing.
  *
  * km_op_cost gives the bytes and flops of a call by one formula; trace, tuner, benchmark and tests
  * use it.
@@ -86,7 +87,8 @@ typedef struct km_kv_write_args {
 typedef struct km_mla_args {
 	const km_batch *batch;
 	int heads, nope_dim, rope_dim, v_dim, kv_lora_rank;
-	const float *q;        /* [tokens, heads, nope_dim + rope_dim], rope applied to the last rope_dim */
+	/* [tokens, heads, nope_dim + rope_dim], rope applied to the last rope_dim */
+	const float *q;
 	const km_weight *kv_b; /* rows h*(nope_dim+v_dim)+{k_nope..., v...}, cols kv_lora_rank */
 	const void *cache;     /* [slots, kv_lora_rank + rope_dim] */
 	enum km_kv_dtype kv_dtype;
@@ -109,7 +111,8 @@ enum { KM_GATE_MAX_TOP_K = 64, KM_GATE_MAX_GROUPS = 64 };
  * score + bias, within the topk_group best groups when there are groups (a group's score is the sum
  * of its two best); ties to the lower id; weights are the selected scores, divided by their sum
  * + 1e-20 when asked. An expert whose logit or score + bias is NaN or -inf is never selected; a row
- * with too few experts left (softmax: with any NaN) has id 0 and weight 0 in the places left over. */
+ * with too few experts left (softmax: with any NaN) has id 0 and weight 0 in the places left
+ * over. */
 typedef struct km_gate_args {
 	int tokens, experts, top_k; /* top_k <= KM_GATE_MAX_TOP_K */
 	int groups, topk_group;     /* groups <= KM_GATE_MAX_GROUPS, divides experts; 0, 1: none */
@@ -120,8 +123,8 @@ typedef struct km_gate_args {
 	float *weights;      /* [tokens, top_k], without the routed scaling factor */
 } km_gate_args;
 
-/* y[t] += routed_scale * sum_k weights[t,k] * down_e(silu(gate_e x) * up_e x), e = ids[t,k]; the sum
- * runs in the order of k, in f32, and leaves out the places whose weight is 0. */
+/* y[t] += routed_scale * sum_k weights[t,k] * down_e(silu(gate_e x) * up_e x), e = ids[t,k]; the
+ * sum runs in the order of k, in f32, and leaves out the places whose weight is 0. */
 typedef struct km_moe_args {
 	int tokens, experts, top_k, hidden, intermediate;
 	const float *x;         /* [tokens, hidden] */

@@ -7,12 +7,16 @@
 
 #include "base/mem.h"
 
-enum { FIRST_SAMPLES = 2, DUEL = 15, MOST_SAMPLES = 32 };
+enum { FIRST_SAMPLES = 2, DUEL = 15, SHORT_DUEL = 5, MOST_SAMPLES = 32 };
+
+/* A check is one call with its launch: below this many microseconds its time says little. */
+static const double rough_us = 40;
 
 struct runner {
 	km_tune_entry entry;
 	double samples[MOST_SAMPLES];
 	int count;
+	double rough_us; /* of its check */
 };
 
 struct search {
@@ -96,6 +100,20 @@ static int sample(struct search *s, struct runner *r, km_err *err)
 	return 0;
 }
 
+static void drop_slow(struct search *s)
+{
+	double fastest = s->runners[0].rough_us;
+	int kept = 0;
+
+	for (int i = 1; i < s->state.left; i++)
+		if (s->runners[i].rough_us < fastest)
+			fastest = s->runners[i].rough_us;
+	for (int i = 0; i < s->state.left; i++)
+		if (fastest < rough_us || s->runners[i].rough_us < 2 * fastest)
+			s->runners[kept++] = s->runners[i];
+	s->state.left = kept;
+}
+
 /* Drops what computes wrongly. */
 static int check_all(struct search *s, km_err *err)
 {
@@ -104,7 +122,8 @@ static int check_all(struct search *s, km_err *err)
 
 	for (int i = 0; i < t->candidates; i++) {
 		km_err why = { 0 };
-		int rc = s->b->check(s->b->context, t->tokens, s->runners[i].entry.values, &why);
+		int rc = s->b->check(s->b->context, t->tokens, s->runners[i].entry.values,
+		                     &s->runners[i].rough_us, &why);
 
 		if (stopped(s))
 			return canceled(err);
@@ -124,6 +143,7 @@ static int check_all(struct search *s, km_err *err)
 		show(s);
 	}
 	t->left = kept;
+	drop_slow(s);
 	return 0;
 }
 
@@ -200,6 +220,8 @@ static int duel(struct search *s, km_err *err)
 	for (int i = 0; i < DUEL; i++) {
 		if (stopped(s))
 			return canceled(err);
+		if (i >= SHORT_DUEL && spent(s))
+			break;
 		KM_TRY(sample(s, &s->plan, err));
 		if (!same_values(winner, &s->plan))
 			KM_TRY(sample(s, winner, err));
@@ -282,10 +304,11 @@ static int check_entry(const km_tuner_backend *b, const km_tune_entry *e, km_tun
 {
 	struct runner r = { .entry = *e };
 	km_err why = { 0 };
+	double rough;
 	int rc;
 
 	KM_TRY(b->prepare(b->context, e->tokens, err));
-	rc = b->check(b->context, e->tokens, e->values, &why);
+	rc = b->check(b->context, e->tokens, e->values, &rough, &why);
 	if (rc < 0)
 		return km_fail(err, rc, "%s", why.msg);
 	c->right = rc == 1;

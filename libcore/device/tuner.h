@@ -2,8 +2,9 @@
  * The search behind kimi-tune: at each token count, which of a kernel's candidates is fastest.
  *
  * Every candidate's result is checked before it is timed; a wrong one is dropped and counted, and a
- * wrong plan ends the search. The others run a knock-out: all are timed with a few samples, the
- * faster half again with twice as many, and so on until one is left, as long as the budget lasts.
+ * wrong plan ends the search; one that took twice as long as another there is left out. The others
+ * run a knock-out: all are timed with a few samples, the faster half again with twice as many, and
+ * so on until one is left, as long as the budget lasts.
  * The winner then meets the plan's own choice, sample by sample in turn, and must beat it by more
  * than KM_TUNER_MARGIN: what is within noise keeps the plan's numbers, so that tables say something
  * where they differ from it.
@@ -31,8 +32,9 @@ typedef struct km_tuner_backend {
 	/* Fills out[0..max); the plan's own choice is the first. Returns how many there are, >=
 	 * 1. */
 	int (*candidates)(void *context, int tokens, km_tune_entry *out, int max, km_err *err);
-	/* 1: the result is right. 0: wrong, and err says how. Negative: the device failed. */
-	int (*check)(void *context, int tokens, const int *values, km_err *err);
+	/* 1: the result is right, and took about *us. 0: wrong, and err says how. Negative: the
+	 * device failed. */
+	int (*check)(void *context, int tokens, const int *values, double *us, km_err *err);
 	/* One sample: microseconds of a call, cold inputs. */
 	int (*sample)(void *context, int tokens, const int *values, double *us, km_err *err);
 	double (*now)(void *context); /* seconds */

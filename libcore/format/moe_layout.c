@@ -7,14 +7,20 @@ enum { ROWS = KM_MOE_RECORD_ROWS, COLS = KM_MOE_RECORD_COLS, HALF = 8, WORDS = C
 int km_moe_layout_check(int hidden, int intermediate, int group, km_err *err)
 {
 	if (group != 32 && group != 64 && group != 128)
-		return km_fail(err, KM_EUNSUPPORTED, "the int4 expert layout has groups of 32, 64 or 128 columns, "
-		               "got %d", group);
+		return km_fail(err, KM_EUNSUPPORTED,
+		               "the int4 expert layout has groups of 32, 64 or 128 columns, "
+		               "got %d",
+		               group);
 	if (hidden < COLS || hidden % COLS)
-		return km_fail(err, KM_EUNSUPPORTED, "the int4 expert layout needs a hidden size that is a "
-		               "multiple of %d, got %d", COLS, hidden);
+		return km_fail(err, KM_EUNSUPPORTED,
+		               "the int4 expert layout needs a hidden size that is a "
+		               "multiple of %d, got %d",
+		               COLS, hidden);
 	if (intermediate < COLS || intermediate % COLS)
-		return km_fail(err, KM_EUNSUPPORTED, "the int4 expert layout needs an intermediate size that is "
-		               "a multiple of %d, got %d", COLS, intermediate);
+		return km_fail(err, KM_EUNSUPPORTED,
+		               "the int4 expert layout needs an intermediate size that is "
+		               "a multiple of %d, got %d",
+		               COLS, intermediate);
 	return 0;
 }
 
@@ -72,7 +78,8 @@ static void pack_codes(const record_rows *r, uint8_t *record)
 		for (int i = 0; i < 8; i++) {
 			const uint32_t *from = (i & 1 ? r->high.codes : r->low.codes) + row;
 
-			v |= nibble(from, col + 8 * (i >> 1 & 1) + (i >> 2)) << bit_of(i & 1, i >> 1 & 1, i >> 2);
+			v |= nibble(from, col + 8 * (i >> 1 & 1) + (i >> 2))
+			     << bit_of(i & 1, i >> 1 & 1, i >> 2);
 		}
 		put_word(record + 4 * word, v);
 	}
@@ -91,9 +98,11 @@ static void unpack_codes(const record_rows *r, const uint8_t *record)
 
 		for (int i = 0; i < 8; i++) {
 			uint32_t *to = (i & 1 ? r->high.codes : r->low.codes) + row;
-			int col = 64 * half + 16 * step + 2 * (lane % 4) + 8 * (i >> 1 & 1) + (i >> 2);
+			int col = 64 * half + 16 * step + 2 * (lane % 4) + 8 * (i >> 1 & 1) +
+			          (i >> 2);
 
-			to[col / 8] |= (v >> bit_of(i & 1, i >> 1 & 1, i >> 2) & 15) << 4 * (col % 8);
+			to[col / 8] |= (v >> bit_of(i & 1, i >> 1 & 1, i >> 2) & 15)
+			               << 4 * (col % 8);
 		}
 	}
 }
@@ -102,8 +111,10 @@ static void pack_scales(const record_rows *r, int group, uint8_t *to)
 {
 	for (int g = 0; g < HALF; g++)
 		for (int i = 0; i < COLS / group; i++, to += 4)
-			put_word(to, r->low.scales[(size_t)g * r->groups + (size_t)i] |
-			                     (uint32_t)r->high.scales[(size_t)g * r->groups + (size_t)i] << 16);
+			put_word(to,
+			         r->low.scales[(size_t)g * r->groups + (size_t)i] |
+			                 (uint32_t)r->high.scales[(size_t)g * r->groups + (size_t)i]
+			                         << 16);
 }
 
 static void unpack_scales(const record_rows *r, int group, const uint8_t *from)
@@ -117,26 +128,31 @@ static void unpack_scales(const record_rows *r, int group, const uint8_t *from)
 		}
 }
 
-/* A matrix whose record i has its low rows in low[step * i ..] and its high rows likewise in high. */
+/* A matrix whose record i has its low rows in low[step * i ..] and its high rows likewise in
+ * high. */
 typedef struct pairing {
 	const km_int4_matrix *low, *high;
-	int high_first, step; /* row of `high` that record 0 begins with; rows from record to record */
+	/* row of `high` that record 0 begins with; rows from record to record */
+	int high_first, step;
 } pairing;
 
-static km_int4_matrix rows_at(const km_int4_matrix *m, size_t row, int j, const record_rows *r, int group)
+static km_int4_matrix rows_at(const km_int4_matrix *m, size_t row, int j, const record_rows *r,
+                              int group)
 {
 	return (km_int4_matrix){ m->codes + row * r->words + (size_t)j * WORDS,
 		                 m->scales + row * r->groups + (size_t)(j * COLS / group) };
 }
 
-static void walk(int rows, int cols, int group, const pairing *p, uint8_t *packed, const uint8_t *from)
+static void walk(int rows, int cols, int group, const pairing *p, uint8_t *packed,
+                 const uint8_t *from)
 {
 	size_t bytes = (size_t)KM_MOE_RECORD_BYTES(group);
 	record_rows r = { .words = (size_t)cols / 8, .groups = (size_t)(cols / group) };
 
 	for (int i = 0; i < rows / ROWS; i++)
 		for (int j = 0; j < cols / COLS; j++) {
-			size_t row = (size_t)i * (size_t)p->step, at = ((size_t)i * (size_t)(cols / COLS) + (size_t)j) * bytes;
+			size_t row = (size_t)i * (size_t)p->step,
+			       at = ((size_t)i * (size_t)(cols / COLS) + (size_t)j) * bytes;
 
 			r.low = rows_at(p->low, row, j, &r, group);
 			r.high = rows_at(p->high, row + (size_t)p->high_first, j, &r, group);
@@ -166,7 +182,8 @@ void km_moe_unpack_gate_up(int hidden, int intermediate, int group, const uint8_
 	walk(2 * intermediate, hidden, group, &p, NULL, packed);
 }
 
-void km_moe_pack_down(int hidden, int intermediate, int group, const km_int4_matrix *down, uint8_t *packed)
+void km_moe_pack_down(int hidden, int intermediate, int group, const km_int4_matrix *down,
+                      uint8_t *packed)
 {
 	pairing p = { down, down, HALF, ROWS };
 

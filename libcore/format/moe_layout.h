@@ -1,30 +1,33 @@
 /*
  * The int4 layout that the GPU's mixture-of-experts kernels read, version 1, byte by byte.
  *
- * A matrix [rows, cols], rows % 16 == 0, cols % 128 == 0, has one scale for `group` columns of a row
- * (32, 64 or 128); its value is (code - 8) * scale, codes 0..15, scales bf16. It is stored as records
- * of 16 rows x 128 columns, all records of rows 0..15 first, from the left, then those of rows 16..31:
+ * A matrix [rows, cols], rows % 16 == 0, cols % 128 == 0, has one scale for `group` columns of a
+ * row (32, 64 or 128); its value is (code - 8) * scale, codes 0..15, scales bf16. It is stored as
+ * records of 16 rows x 128 columns, all records of rows 0..15 first, from the left, then those of
+ * rows 16..31:
  *
- *   record (i, j) at (i * cols / 128 + j) * KM_MOE_RECORD_BYTES(group); rows r = 16 i .., columns c = 128 j ..
- *     0     1024 bytes of codes: 32-bit little-endian words; word ((half * 32 + lane) * 4 + step) holds
+ *   record (i, j) at (i * cols / 128 + j) * KM_MOE_RECORD_BYTES(group); rows r = 16 i ..,
+ *   columns c = 128 j ..
+ *     0     1024 bytes of codes: 32-bit little-endian words; word
+ *           ((half * 32 + lane) * 4 + step) holds
  *           for g = lane / 4, t = lane % 4 and column c0 = c + 64 half + 16 step + 2 t:
  *             bits  0..3   (r + g,     c0)       bits 16..19  (r + g,     c0 + 1)
  *             bits  4..7   (r + g + 8, c0)       bits 20..23  (r + g + 8, c0 + 1)
  *             bits  8..11  (r + g,     c0 + 8)   bits 24..27  (r + g,     c0 + 9)
  *             bits 12..15  (r + g + 8, c0 + 8)   bits 28..31  (r + g + 8, c0 + 9)
- *     1024  4096 / group bytes of scales: for g = 0..7, for each group of columns from the left, two bf16,
- *           rows r + g and r + g + 8
+ *     1024  4096 / group bytes of scales: for g = 0..7, for each group of columns from the left,
+ *           two bf16, rows r + g and r + g + 8
  *
- * Why: a word is one lane's A operand of a 16 x 16 tensor-core step (mma.m16n8k16, and wgmma with A in
- * registers), nibbles in the order in which one shift and one mask give two bf16; a lane's 16 bytes are
- * four steps; a record is one contiguous copy. Rows are cut by whole records, columns too: a
- * tensor-parallel slice of either matrix is some of its records, unchanged.
+ * Why: a word is one lane's A operand of a 16 x 16 tensor-core step (mma.m16n8k16, and wgmma with A
+ * in registers), nibbles in the order in which one shift and one mask give two bf16; a lane's 16
+ * bytes are four steps; a record is one contiguous copy. Rows are cut by whole records, columns
+ * too: a tensor-parallel slice of either matrix is some of its records, unchanged.
  *
- * An expert is two matrices. `gate_up` [2 * intermediate, hidden]: rows 16 i + g are gate's rows 8 i + g
- * and rows 16 i + 8 + g are up's, g = 0..7, so that one lane has both halves of silu(gate) * up.
- * `down` [hidden, intermediate], rows in order. From the checkpoint's packing (compressed-tensors,
- * pack-quantized): int32 [rows, cols / 8], column 8 j + k in bits 4k..4k+3 of word j, value - 8; scales
- * bf16 [rows, cols / group]. The way back gives the same bytes.
+ * An expert is two matrices. `gate_up` [2 * intermediate, hidden]: rows 16 i + g are gate's rows 8
+ * i + g and rows 16 i + 8 + g are up's, g = 0..7, so that one lane has both halves of silu(gate) *
+ * up. `down` [hidden, intermediate], rows in order. From the checkpoint's packing
+ * (compressed-tensors, pack-quantized): int32 [rows, cols / 8], column 8 j + k in bits 4k..4k+3 of
+ * word j, value - 8; scales bf16 [rows, cols / group]. The way back gives the same bytes.
  *
  * Nothing here allocates; the buffers must not overlap; any thread.
  */

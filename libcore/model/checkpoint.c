@@ -61,8 +61,7 @@ static bool is_repacked(struct matcher *k, const km_module *m)
 	if (k->cp->class[at] == KM_CLASS_COUNT)
 		km_findings_add(k->findings, KM_EFORMAT,
 		                "%s: tensor %s is repacked, but config.json has no kimi_repacked: "
-		                "it is not "
-		                "the one that kimi-convert wrote",
+		                "it is not the one that kimi-convert wrote",
 		                km_shards_path(&k->cp->shards, t), t->name);
 	take(k->cp, at, m->class);
 	return true;

@@ -381,8 +381,7 @@ static int read_layout(km_config *config, km_fields *top)
 	if (r.rc >= 0 && config->expert_layout != KM_MOE_LAYOUT_VERSION)
 		km_field_fail(&r, KM_EUNSUPPORTED, "version",
 		              "this program reads version %d of the experts' layout, this is %d: "
-		              "unpack it "
-		              "with the kimi-convert that made it",
+		              "unpack it with the kimi-convert that made it",
 		              KM_MOE_LAYOUT_VERSION, config->expert_layout);
 	if (r.rc >= 0 && config->quant.method != KM_QUANT_INT4_PACKED)
 		km_field_fail(&r, KM_EFORMAT, "layout",

@@ -429,8 +429,7 @@ static int run(struct synth *s, km_err *err)
 	if (s->config.expert_layout)
 		return km_fail(err, KM_EUNSUPPORTED,
 		               "%s: is of a repacked checkpoint (kimi_repacked); synthesize from "
-		               "the original "
-		               "config and repack that",
+		               "the original config and repack that",
 		               s->options->config_path);
 	s->depth = s->config.num_hidden_layers;
 	if (layers > s->depth)

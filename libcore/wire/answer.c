@@ -438,8 +438,8 @@ static void count_token(struct choice *c, int marker)
 	c->tokens++;
 	if (marker == KM_MARK_THINK)
 		c->in_reasoning = true;
-	if (marker == KM_MARK_SECTION_BEGIN)
-		c->in_reasoning = false;
+	if (marker == KM_MARK_SECTION_BEGIN || marker == KM_MARK_CALL_BEGIN)
+		c->in_reasoning = false; /* either ends an open think block */
 	if (reasons && is_chat(c->answer))
 		c->reasoning_tokens += c->in_reasoning;
 	if (marker == KM_MARK_THINK_END)

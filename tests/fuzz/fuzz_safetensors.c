@@ -54,6 +54,19 @@ static void parse_header(const uint8_t *data, size_t size)
 	free(bytes);
 }
 
+/* A header alone, as a repacked file keeps the one that it had before. */
+static void parse_text(const uint8_t *data, size_t size)
+{
+	km_safetensors file;
+	km_err err = { 0 };
+
+	if (km_safetensors_parse_header(&file, (const char *)data, size, "fuzz", &err) >= 0)
+		km_safetensors_metadata(&file, "kimi.checksums");
+	else
+		KM_ASSERT(err.code < 0 && err.msg[0]);
+	km_safetensors_close(&file);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	km_shard_index index;
@@ -70,6 +83,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		km_arena_release(&arena);
 	} else {
 		parse_header(data, size);
+		parse_text(data, size);
 	}
 	return 0;
 }

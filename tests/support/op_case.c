@@ -108,7 +108,8 @@ km_weight op_case_weight(const weight_case *c, uint64_t seed)
 		w.group = c->group ? c->group : c->cols;
 		w.scale_dtype = c->scale_dtype;
 		w.data = random_nibbles(count / 2, seed);
-		w.scale = random_scales(c->scale_dtype, count / (size_t)w.group, size / 4, seed + 1);
+		w.scale =
+			random_scales(c->scale_dtype, count / (size_t)w.group, size / 4, seed + 1);
 		break;
 	}
 	return w;
@@ -124,22 +125,28 @@ void op_case_weight_release(km_weight *w)
 double op_case_weight_at(const km_weight *w, int row, int col)
 {
 	static const enum km_dtype dtypes[] = {
-		[KM_W_F32] = KM_F32, [KM_W_F16] = KM_F16, [KM_W_BF16] = KM_BF16, [KM_W_FP8] = KM_F8_E4M3,
+		[KM_W_F32] = KM_F32,
+		[KM_W_F16] = KM_F16,
+		[KM_W_BF16] = KM_BF16,
+		[KM_W_FP8] = KM_F8_E4M3,
 	};
 	size_t at = (size_t)row * (size_t)w->cols + (size_t)col;
 
 	if (w->type == KM_W_INT4) {
 		uint32_t word = ((const uint32_t *)w->data)[at / 8];
-		size_t group = (size_t)row * (size_t)(w->cols / w->group) + (size_t)(col / w->group);
+		size_t group =
+			(size_t)row * (size_t)(w->cols / w->group) + (size_t)(col / w->group);
 
-		return ((int)(word >> at % 8 * 4 & 15) - 8) * get_float(w->scale_dtype, w->scale, group);
+		return ((int)(word >> at % 8 * 4 & 15) - 8) *
+		       get_float(w->scale_dtype, w->scale, group);
 	}
 	if (w->type == KM_W_FP8) {
 		size_t across = (size_t)((w->cols + w->block_cols - 1) / w->block_cols);
 
 		return get_float(KM_F8_E4M3, w->data, at) *
 		       get_float(w->scale_dtype, w->scale,
-		                 (size_t)(row / w->block_rows) * across + (size_t)(col / w->block_cols));
+		                 (size_t)(row / w->block_rows) * across +
+		                         (size_t)(col / w->block_cols));
 	}
 	return get_float(dtypes[w->type], w->data, at);
 }
@@ -182,7 +189,8 @@ void op_case_step(step_case *s, int seqs, int decode_seqs, const int *past, cons
 		s->kv_len[i] = past[i] + lens[i];
 		for (int p = past[i]; p < s->kv_len[i]; p++, t++) {
 			s->positions[t] = p;
-			s->slots[t] = s->pages[i * s->batch.pages_per_seq + p / PAGE] * PAGE + p % PAGE;
+			s->slots[t] =
+				s->pages[i * s->batch.pages_per_seq + p / PAGE] * PAGE + p % PAGE;
 		}
 		s->seq_start[i + 1] = t;
 	}

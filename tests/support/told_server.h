@@ -51,6 +51,8 @@ struct km_engine {
 	int breaks_after;      /* that many requests were answered; 0: never */
 	int max_requests;
 	atomic_int live, cancels;
+	km_request_options last; /* request, the arrays gone but these: */
+	int32_t last_stop_id, last_bias_id;
 };
 
 static void emit(km_request *q, int sample, const km_engine *e)
@@ -155,7 +157,9 @@ int km_engine_submit(km_engine *e, const km_request_options *options, km_request
 		return km_fail(err, KM_ELIMIT, "the queue is full: %d requests", e->max_requests);
 	}
 	q->engine = e;
-	q->options = *options;
+	q->options = e->last = *options;
+	e->last_stop_id = options->stop_id_count ? options->stop_ids[0] : -1;
+	e->last_bias_id = options->sampling.bias_count ? options->sampling.bias[0].id : -1;
 	q->n = options->n;
 	q->prompt_len = options->prompt_len;
 	q->prompt = km_xreallocarray(NULL, n, sizeof(*q->prompt));

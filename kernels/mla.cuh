@@ -1,0 +1,103 @@
+/* What the attention's kernels share: a launch, a cached token's place, the cache's values as
+ * f32. */
+#ifndef KK_MLA_CUH
+#define KK_MLA_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include "mla.h"
+#include "ptx.cuh"
+
+#define MLA_LOG2E 1.44269504088896341f
+
+/* `smem` above 48 KB has been allowed for the kernel before; `cluster` blocks of a row share
+ * one. */
+template <typename Args>
+static cudaError_t mla_launch(void (*kernel)(Args), dim3 grid, int threads, size_t smem, bool pdl,
+                              cudaStream_t stream, const Args &args, int cluster = 1)
+{
+	cudaLaunchAttribute attribute[2] = {};
+	cudaLaunchConfig_t config = {};
+
+	if (!grid.x || !grid.y || !grid.z)
+		return cudaSuccess;
+	config.gridDim = grid;
+	config.blockDim = dim3(threads);
+	config.dynamicSmemBytes = smem;
+	config.stream = stream;
+	if (cluster > 1) {
+		attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+		attribute[config.numAttrs++].val.clusterDim = {(unsigned)cluster, 1, 1};
+	}
+	if (pdl) {
+		attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+		attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+	}
+	config.attrs = attribute;
+	return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+__device__ __forceinline__ size_t mla_slot(const int32_t *pages, int page_size, int token)
+{
+	int page = token / page_size;
+
+	return (size_t)pages[page] * page_size + (token - page * page_size);
+}
+
+__device__ __forceinline__ float mla_read(const void *cache, bool fp8, size_t i)
+{
+	if (!fp8)
+		return __bfloat162float(((const __nv_bfloat16 *)cache)[i]);
+	return (float)((const __nv_fp8_e4m3 *)cache)[i];
+}
+
+__device__ __forceinline__ float mla_bf16(const void *p, size_t i)
+{
+	return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+}
+
+__device__ __forceinline__ uint32_t mla_pack(float lo, float hi)
+{
+	__nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+
+	return *(uint32_t *)&v;
+}
+
+__device__ __forceinline__ float mla_low(uint32_t pair)
+{
+	return __uint_as_float(pair << 16);
+}
+
+__device__ __forceinline__ float mla_high(uint32_t pair)
+{
+	return __uint_as_float(pair & 0xffff0000u);
+}
+
+/* A rotated pair, as bf16. */
+__device__ __forceinline__ uint32_t mla_rotate(uint32_t pair, float cosine, float sine)
+{
+	float a = mla_low(pair), b = mla_high(pair);
+
+	return mla_pack(a * cosine - b * sine, b * cosine + a * sine);
+}
+
+/* The sum over a warp's lanes, in every lane, in one order. */
+__device__ __forceinline__ float mla_sum_lanes(float v)
+{
+#pragma unroll
+	for (int width = 16; width; width /= 2)
+		v += __shfl_xor_sync(0xffffffffu, v, width);
+	return v;
+}
+
+__device__ __forceinline__ float mla_max_lanes(float v)
+{
+#pragma unroll
+	for (int width = 16; width; width /= 2)
+		v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, width));
+	return v;
+}
+
+#endif

@@ -1,0 +1,57 @@
+/*
+ * The int4 experts: from routed ids to the summed output in one launch.
+ *
+ * ROOFLINE
+ *   Bytes: each expert that any token names is read once, 3 H I (1/2 + 2/G) = 0.5625 * 3 H I at groups
+ *   of 32; Kimi K2.5 at TP8 (H = 7168, I = 256): 3.1 MB an expert, 24.8 MB and 8.0 us for one token at
+ *   H100's 3.10 TB/s (5.2 at H200's 4.8); 60 experts and 60 us at 8 tokens, all 384 and 384 us from 256
+ *   tokens on. Flops: 6 M top_k H I; bound by memory up to some 3,400 tokens (moe_prefill.cu).
+ *   Between the bytes: the ids must be read before the first weight can be asked for, and all of an
+ *   expert's silu(gate) * up must be there before its down projection begins: two trips through L2 and
+ *   a barrier of the whole grid. The weights of the down projection do not wait for it.
+ *
+ * LADDER (us, TP8, 384 experts, top 8; 1 / 8 / 64 / 1,024 / 4,096 tokens)
+ *   general  moe_general.cu: a warp a row, CUDA cores; any weights, any shape
+ *   grouped  below; a tile of places of one expert, 8 to 64
+ *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places
+ *   prefill  moe_prefill.cu: warp-group matrix instructions, from 1,024 tokens
+ *   The figures are in configs/bench/moe-h100.json, beside the best rivals'; TRIED has what is not here.
+ *
+ * HOW
+ *   One block a multiprocessor; a warp fetches weights, a warp fetches activations, 8 or 16 multiply.
+ *   Weights come as whole records through a ring in shared memory, in the order in which this block
+ *   will need them, gate-and-up first, then down: the ring does not know of the barrier between them,
+ *   so while the grid gathers there, memory works on. Weights are operand A of mma.m16n8k16 (a lane's
+ *   words are its operands; no shuffle), the tile's tokens the eight columns of B. A code becomes bf16 by
+ *   a mask and a subtraction, exactly; the scales multiply f32 sums of 32 columns, so no weight is ever
+ *   rounded. (At eight tokens the subtraction is a matrix product too, shared by the rows.)
+ *
+ * RULES
+ *   Ids are checked where they are sorted (sort_inside, kk_align). Order of sums: the columns of a warp,
+ *   in order; then the warps that share the rows, in order; then a token's places, in the order of k.
+ *   It depends on the tile, never on who runs when: which block has which item is arithmetic.
+ *   All blocks run at once (a cooperative launch), because they wait for each other; the counters they
+ *   wait by go round and need no clearing.
+ */
+#include "moe_int4.cuh"
+
+cudaError_t kk_moe_stream(const kk_moe_args *a, cudaStream_t stream)
+{
+	if (a->stages < 2 || a->stages > MAX_STAGES || a->x_stages < 2 || a->x_stages > MAX_X_STAGES ||
+	    a->blocks < 1 || a->blocks > MAX_BLOCKS || a->hidden % RECORD_COLS ||
+	    a->intermediate % RECORD_COLS || (a->direct && !a->inside) ||
+	    (a->inside && a->tokens * a->top_k > INSIDE_PLACES) ||
+	    (a->direct && (a->block_m != 8 || a->tokens * a->top_k > DIRECT_PLACES)))
+		return cudaErrorInvalidValue;
+	switch (a->block_m << 16 | a->block_n) {
+	case 8 << 16 | 32:
+		return launch_tile<tile<8, 2, 1, 16, 1>>(a, stream);
+	case 8 << 16 | 64:
+		return launch_tile<tile<8, 2, 2, 16, 1>>(a, stream);
+	case 8 << 16 | 128:
+		return launch_tile<tile<8, 2, 4, 16, 1>>(a, stream);
+	case 8 << 16 | 256:
+		return launch_tile<tile<8, 2, 8, 16, 1>>(a, stream);
+	}
+	return moe_stream_large(a, stream);
+}

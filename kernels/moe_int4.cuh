@@ -1,0 +1,1059 @@
+/*
+ * The streaming kernel of the int4 experts: from routed ids to the summed output in one launch.
+ * moe_int4.cu has the essay; moe_int4_large.cu the tiles of many tokens.
+ */
+#ifndef KK_MOE_INT4_CUH
+#define KK_MOE_INT4_CUH
+
+#include <cuda_bf16.h>
+
+#include "moe.h"
+#include "ptx.cuh"
+
+enum {
+	MAX_STAGES = 16,
+	MAX_X_STAGES = 4,
+	MAX_TILE = 64,
+	INSIDE_PLACES = 256,
+	DIRECT_PLACES = 64,
+	RECORD_COLS = 128,
+	RECORD_CODES = 1024,
+	MAX_BLOCKS = 255,          /* of a grid: the counters' rounds are of 256 */
+	PAD = 16,
+	BAR_SUMS = 1, BAR_ALL = 2, /* numbers of the multiplying warps' barriers */
+	SYNC_STRIDE = 16,          /* words between two counters */
+};
+
+/* Fixed part of shared memory: libcore/device/moe_plan.c allows it 12 kB. */
+struct stream_smem {
+	uint64_t full[MAX_STAGES], empty[MAX_STAGES], x_full[MAX_X_STAGES], x_empty[MAX_X_STAGES];
+	int rows[MAX_X_STAGES];                /* places of the tile in this stage */
+	int places[MAX_X_STAGES][MAX_TILE];    /* which */
+	__align__(16) int ids[INSIDE_PLACES];  /* -1: adds nothing; this and what follows is read by fours */
+	int order[INSIDE_PLACES];              /* places by tile */
+	int position[INSIDE_PLACES];           /* of a place in `order`, or -1 */
+	int tile_expert[INSIDE_PLACES], tile_first[INSIDE_PLACES], tile_rows[INSIDE_PLACES];
+	int lead_tiles[INSIDE_PLACES], lead_places[INSIDE_PLACES];
+	float weights[DIRECT_PLACES];
+	int tiles, places_here;
+};
+static_assert(sizeof(stream_smem) <= 12 * 1024, "the plan's allowance");
+
+/* Numbers of a launch that all roles share. */
+struct stream_work {
+	int tiles;                 /* tiles of places, all experts */
+	int up_records, down_records; /* of a row block: hidden / 128, intermediate / 128 */
+	uint32_t record_bytes;
+	int up_items, up_lo, up_hi;     /* a tile of places by a tile of rows, this block's range */
+	int down_items, down_lo, down_hi;
+	uint32_t stage0, x0, sums;      /* shared addresses */
+	uint32_t stage_bytes, x_stage_bytes;
+	int stages, x_stages, x_rows;
+	int group_shift;                /* log2(group / 32) */
+};
+
+template <int T_, int RB_, int WR_, int W_, int REC_>
+struct tile {
+	static constexpr int T = T_;       /* places */
+	static constexpr int RB = RB_;     /* 16-row blocks of a warp */
+	static constexpr int W = W_;       /* warps that multiply; one more fetches weights, one activations */
+	static constexpr int WR = WR_;     /* of them, along the rows of gate-and-up */
+	static constexpr int WK = W_ / WR_; /* along its columns */
+	static constexpr int REC = REC_;   /* records of a row block that a warp has in one stage */
+	static constexpr int NT = T_ / 8;
+	static constexpr int ROWS = 16 * RB_ * WR_, DOWN_ROWS = 16 * RB_ * W_;
+	static constexpr int PER = REC_ * WK; /* records of a row block in one stage */
+	static constexpr int THREADS = 32 * (W_ + 2);
+	static constexpr bool BIASED = T_ == 8; /* codes stay 128 too large; a product with -136 makes up for it */
+	static constexpr int UP_PITCH = PER * RECORD_COLS * 2 + PAD;
+	static constexpr int DOWN_PITCH = REC_ * RECORD_COLS * 2 + PAD;
+};
+
+/* Which stage comes next, and the parity of its barrier. */
+struct ring {
+	int at, parity, size;
+
+	__device__ void next()
+	{
+		if (++at == size)
+			at = 0, parity ^= 1;
+	}
+};
+
+__device__ __forceinline__ uint32_t barrier_of(const uint64_t *first, int i)
+{
+	return ptx_shared_address(first + i);
+}
+
+__device__ __forceinline__ float silu(float v)
+{
+	return v * ptx_rcp(1.0f + ptx_ex2(-1.4426950408889634f * v));
+}
+
+/* ---- Sorting the places by expert, by the whole block, when there are few. ---- */
+
+__device__ __forceinline__ int4 four(const int *p)
+{
+	return *(const int4 *)p;
+}
+
+/* How many of the first `quads` * 4 of `ids` are e; how many of them before t; the first of them. */
+struct same_ids {
+	int count, before, lead;
+};
+
+__device__ __forceinline__ same_ids find_same(const int *ids, int quads, int t, int e)
+{
+	same_ids s = {0, 0, INSIDE_PLACES};
+
+	for (int q = 0; q < quads; q++) {
+		int4 o = four(ids + 4 * q);
+		int hit[4] = {o.x == e, o.y == e, o.z == e, o.w == e};
+
+#pragma unroll
+		for (int i = 0; i < 4; i++) {
+			s.count += hit[i];
+			s.before += hit[i] && 4 * q + i < t;
+			s.lead = hit[i] ? min(s.lead, 4 * q + i) : s.lead;
+		}
+	}
+	return s;
+}
+
+/* Tiles come in the order in which their experts are first named, `most` places each. */
+__device__ inline void sort_inside(const kk_moe_args &a, stream_smem *s, int most)
+{
+	int t = threadIdx.x, places = a.tokens * a.top_k, quads = (places + 3) / 4, e = -1;
+	same_ids same = {};
+	int tiles_before = 0, places_before = 0, tiles = 0, here = 0;
+
+	if (t < 4 * quads) {
+		if (t < places) {
+			float weight = __ldcg(a.weights + t);
+
+			e = __ldcg(a.ids + t);
+			if (e < 0 || e >= a.experts || weight == 0.0f)
+				e = -1;
+			if (t < DIRECT_PLACES)
+				s->weights[t] = weight;
+		}
+		s->ids[t] = e;
+	}
+	__syncthreads(); /* the ids are here; the block's barriers are ready */
+	if (t < 4 * quads) {
+		bool lead;
+
+		same = find_same(s->ids, quads, t, e);
+		lead = e >= 0 && same.before == 0;
+		s->lead_tiles[t] = lead ? (same.count + most - 1) / most : 0;
+		s->lead_places[t] = lead ? same.count : 0;
+		s->position[t] = -1;
+	}
+	__syncthreads(); /* each run's length is at its first place */
+	if (t < 4 * quads) {
+		for (int q = 0; q < quads; q++) {
+			int4 n = four(s->lead_tiles + 4 * q), m = four(s->lead_places + 4 * q);
+			int nn[4] = {n.x, n.y, n.z, n.w}, mm[4] = {m.x, m.y, m.z, m.w};
+
+#pragma unroll
+			for (int i = 0; i < 4; i++) {
+				tiles += nn[i];
+				here += mm[i];
+				tiles_before += 4 * q + i < same.lead ? nn[i] : 0;
+				places_before += 4 * q + i < same.lead ? mm[i] : 0;
+			}
+		}
+		if (e >= 0) {
+			int at = places_before + same.before;
+
+			s->order[at] = t;
+			s->position[t] = at;
+			if (same.before % most == 0) {
+				int tile = tiles_before + same.before / most;
+
+				s->tile_expert[tile] = e;
+				s->tile_first[tile] = at;
+				s->tile_rows[tile] = min(most, same.count - same.before);
+			}
+		}
+		if (t == 0)
+			s->tiles = tiles, s->places_here = here;
+	}
+	__syncthreads(); /* the tiles are known to all */
+}
+
+/* ---- Items. ---- */
+
+struct item {
+	int tile, rows; /* the tile of places, and of rows */
+};
+
+/* group_m tiles of places pass over the rows together. */
+__device__ __forceinline__ item find_item(int i, int tiles, int row_tiles, int group_m)
+{
+	int group = i / (group_m * row_tiles), first = group * group_m, r = i - group * group_m * row_tiles;
+	int n = min(group_m, tiles - first);
+
+	return {first + r % n, r / n};
+}
+
+__device__ __forceinline__ int expert_of(const kk_moe_args &a, const stream_smem *s, int tile)
+{
+	return a.inside ? s->tile_expert[tile] : __ldcg(a.block_expert + tile);
+}
+
+/* Block `block`'s part of `items`, as equal as can be. */
+__device__ __forceinline__ int part_of(int items, int block)
+{
+	return (int)((unsigned)block * (unsigned)items / gridDim.x);
+}
+
+/*
+ * The decode form's down items are few and large: a block with one more of them (the odd ones) takes as
+ * many fewer gate-and-up items as the others, who take no more than equal parts would, can hold.
+ */
+__device__ __forceinline__ void divide_direct(stream_work &w, int block)
+{
+	int grid = gridDim.x, few = w.down_items / grid, odd = w.down_items - few * grid, even = grid - odd;
+	int most = (w.up_items + grid - 1) / grid, left = w.up_items - even * most;
+	int least = odd && left > 0 ? (left + odd - 1) / odd : 0;
+	int odd_before = w.down_lo - block * few, odd_after = w.down_hi - (block + 1) * few;
+
+	w.up_lo = min(odd_before * least + (block - odd_before) * most, w.up_items);
+	w.up_hi = min(odd_after * least + (block + 1 - odd_after) * most, w.up_items);
+}
+
+/* Where a block's down items begin, when those before it have had `ups` records of gate-and-up. Two
+ * blocks compute one border: no contraction, so that they agree. */
+__device__ __forceinline__ int down_border(double share, int block, double ups, double down)
+{
+	return (int)__ddiv_rn(__dsub_rn(__dmul_rn(share, block), ups), down);
+}
+
+/* Down items make up for what gate-and-up items, `up` records each, leave uneven. */
+__device__ __forceinline__ void divide_down(stream_work &w, int block, int up, int down)
+{
+	double ups = (double)up * w.up_items, downs = (double)down * w.down_items;
+	double share = (ups + downs) / gridDim.x;
+
+	if ((double)up * gridDim.x > downs)
+		return;
+	w.down_lo = down_border(share, block, (double)up * w.up_lo, down);
+	w.down_hi = block == (int)gridDim.x - 1
+	                    ? w.down_items
+	                    : down_border(share, block + 1, (double)up * w.up_hi, down);
+}
+
+template <typename L>
+__device__ __forceinline__ void divide(const kk_moe_args &a, stream_work &w)
+{
+	int block = blockIdx.x;
+
+	w.up_items = w.tiles * (2 * a.intermediate / L::ROWS);
+	w.down_items = a.direct ? a.hidden / 16 : w.tiles * (a.hidden / L::DOWN_ROWS);
+	w.down_lo = part_of(w.down_items, block);
+	w.down_hi = part_of(w.down_items, block + 1);
+	if (a.direct) {
+		divide_direct(w, block);
+	} else {
+		w.up_lo = part_of(w.up_items, block);
+		w.up_hi = part_of(w.up_items, block + 1);
+		divide_down(w, block, L::ROWS / 16 * w.up_records, L::DOWN_ROWS / 16 * w.down_records);
+	}
+}
+
+/* ---- The warp that fetches weights. ---- */
+
+struct weight_fetch {
+	ring r;
+	uint64_t policy;
+	int tile, expert; /* the last asked for: items of one tile follow each other, and L2 is far */
+};
+
+__device__ __forceinline__ int cached_expert(const kk_moe_args &a, const stream_smem *s, weight_fetch &f, int tile)
+{
+	if (tile != f.tile) {
+		f.expert = expert_of(a, s, tile);
+		f.tile = tile;
+	}
+	return f.expert;
+}
+
+/* One stage: `pieces` copies of `bytes`, lane i's from `from` (NULL: none) to piece i. */
+__device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s, weight_fetch &f, int pieces,
+                                            uint32_t pitch, uint32_t bytes, const uint8_t *from)
+{
+	int lane = threadIdx.x % 32;
+	uint32_t full = barrier_of(s->full, f.r.at);
+
+	ptx_mbarrier_wait(barrier_of(s->empty, f.r.at), f.r.parity ^ 1);
+	if (lane == 0)
+		ptx_mbarrier_expect(full, pieces * bytes);
+	__syncwarp();
+	if (from)
+		ptx_copy_bulk_policy(w.stage0 + f.r.at * w.stage_bytes + lane * pitch, from, bytes, full,
+		                     f.policy);
+	f.r.next();
+}
+
+template <typename L>
+__device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream_work &w, stream_smem *s)
+{
+	int lane = threadIdx.x % 32;
+	weight_fetch f = {{0, 0, w.stages}, ptx_policy_drop(), -1, 0};
+	constexpr int UP_PIECES = L::ROWS / 16, DOWN_PIECES = L::DOWN_ROWS / 16;
+	uint32_t rec = w.record_bytes;
+
+	for (int i = w.up_lo; i < w.up_hi; i++) {
+		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
+		const uint8_t *from = a.gate_up + (size_t)cached_expert(a, s, f, it.tile) * a.gate_up_stride +
+		                      ((size_t)it.rows * UP_PIECES + lane) * w.up_records * rec;
+
+		for (int c = 0; c < w.up_records; c += L::PER)
+			fetch_stage(w, s, f, UP_PIECES, L::PER * rec, min(L::PER, w.up_records - c) * rec,
+			            lane < UP_PIECES ? from + (size_t)c * rec : NULL);
+	}
+	if (!a.direct) {
+		for (int i = w.down_lo; i < w.down_hi; i++) {
+			item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
+			const uint8_t *from = a.down + (size_t)cached_expert(a, s, f, it.tile) * a.down_stride +
+			                      ((size_t)it.rows * DOWN_PIECES + lane) * w.down_records * rec;
+
+			for (int c = 0; c < w.down_records; c += L::REC)
+				fetch_stage(w, s, f, DOWN_PIECES, L::REC * rec, min(L::REC, w.down_records - c) * rec,
+				            lane < DOWN_PIECES ? from + (size_t)c * rec : NULL);
+		}
+		return;
+	}
+	/* A warp's unit is a row block of a tile's expert, with all of the warp's room in a stage. */
+	constexpr int REC = L::RB * L::REC;
+	int units = (w.down_hi - w.down_lo) * w.tiles;
+
+	for (int u = 0; u < units; u += L::W) {
+		int pieces = min(L::W, units - u);
+		const uint8_t *from = NULL;
+
+		if (lane < pieces)
+			from = a.down + (size_t)expert_of(a, s, (u + lane) % w.tiles) * a.down_stride +
+			       (size_t)(w.down_lo + (u + lane) / w.tiles) * w.down_records * rec;
+		for (int c = 0; c < w.down_records; c += REC)
+			fetch_stage(w, s, f, pieces, REC * rec, min(REC, w.down_records - c) * rec,
+			            from ? from + (size_t)c * rec : NULL);
+	}
+}
+
+/* ---- The warp that fetches activations. ---- */
+
+/* This lane's rows of a tile: rows lane, lane + 32, ... */
+template <typename L>
+struct own_places {
+	static constexpr int N = (L::T + 31) / 32;
+	int place[N], count;
+};
+
+template <typename L>
+__device__ __forceinline__ own_places<L> find_places(const kk_moe_args &a, const stream_smem *s, int tile)
+{
+	int lane = threadIdx.x % 32, all = a.tokens * a.top_k;
+	own_places<L> own;
+
+	own.count = 0;
+#pragma unroll
+	for (int i = 0; i < own_places<L>::N; i++) {
+		int row = lane + 32 * i;
+
+		if (a.inside)
+			own.place[i] = row < s->tile_rows[tile] ? s->order[s->tile_first[tile] + row] : all;
+		else
+			own.place[i] = row < L::T ? __ldcg(a.sorted + (size_t)tile * L::T + row) : all;
+		own.count += __popc(__ballot_sync(0xffffffffu, own.place[i] < all));
+	}
+	return own;
+}
+
+/* One stage: `bytes` of each row, from `from` + index * row_bytes + at. */
+template <typename L, bool TOKENS>
+__device__ __forceinline__ void fetch_rows(const kk_moe_args &a, const stream_work &w, stream_smem *s, ring &r,
+                                           const own_places<L> &own, const char *from, size_t row_bytes,
+                                           uint32_t bytes, uint32_t pitch)
+{
+	int lane = threadIdx.x % 32, all = a.tokens * a.top_k;
+	uint32_t full = barrier_of(s->x_full, r.at);
+
+	ptx_mbarrier_wait(barrier_of(s->x_empty, r.at), r.parity ^ 1);
+#pragma unroll
+	for (int i = 0; i < own_places<L>::N; i++)
+		if (lane + 32 * i < L::T)
+			s->places[r.at][lane + 32 * i] = own.place[i];
+	if (lane == 0)
+		s->rows[r.at] = own.count;
+	__syncwarp(); /* lane 0's arrival publishes what the warp wrote */
+	if (lane == 0)
+		ptx_mbarrier_expect(full, own.count * bytes);
+	__syncwarp();
+#pragma unroll
+	for (int i = 0; i < own_places<L>::N; i++)
+		if (own.place[i] < all)
+			ptx_copy_bulk(w.x0 + r.at * w.x_stage_bytes + (lane + 32 * i) * pitch,
+			              from + (size_t)(TOKENS ? own.place[i] / a.top_k : own.place[i]) * row_bytes,
+			              bytes, full);
+	r.next();
+}
+
+/*
+ * A counter of arrivals: every launch adds 256, one for each block but the first, which adds the rest;
+ * the round a block is in is what it read before it arrived, without the last eight bits.
+ */
+__device__ __forceinline__ int round_of(const int32_t *counter)
+{
+	return __ldcg(counter) & ~255;
+}
+
+__device__ __forceinline__ void arrive_round(int32_t *counter)
+{
+	ptx_add_release(counter, blockIdx.x ? 1 : 257 - (int)gridDim.x);
+}
+
+__device__ __forceinline__ void wait_round(const int32_t *counter, int round)
+{
+	while ((ptx_load_acquire(counter) & ~255) == round)
+		;
+}
+
+template <typename L>
+__device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const stream_work &w, stream_smem *s,
+                                                  int round)
+{
+	int lane = threadIdx.x % 32;
+	ring r = {0, 0, w.x_stages};
+	own_places<L> own;
+	int tile = -1;
+
+	for (int i = w.up_lo; i < w.up_hi; i++) {
+		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
+
+		if (it.tile != tile)
+			own = find_places<L>(a, s, it.tile);
+		tile = it.tile;
+		for (int c = 0; c < w.up_records; c += L::PER)
+			fetch_rows<L, true>(a, w, s, r, own, (const char *)a.x + (size_t)c * RECORD_COLS * 2,
+			                    (size_t)a.hidden * 2, min(L::PER, w.up_records - c) * RECORD_COLS * 2,
+			                    L::UP_PITCH);
+	}
+	if (a.direct)
+		return;
+	if (lane == 0)
+		wait_round(a.sync, round);
+	__syncwarp();
+	ptx_fence_copies(); /* the other blocks' ordinary stores, before this warp's copies of them */
+	for (int i = w.down_lo; i < w.down_hi; i++) {
+		item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
+
+		if (it.tile != tile)
+			own = find_places<L>(a, s, it.tile);
+		tile = it.tile;
+		for (int c = 0; c < w.down_records; c += L::REC)
+			fetch_rows<L, false>(a, w, s, r, own, (const char *)a.act + (size_t)c * RECORD_COLS * 2,
+			                     (size_t)a.intermediate * 2,
+			                     min(L::REC, w.down_records - c) * RECORD_COLS * 2,
+			                     L::DOWN_PITCH);
+	}
+}
+
+/* ---- The warps that multiply. ---- */
+
+/* A step's A operand from its word: 128 + code in bf16, or code - 8; both exact. */
+template <bool BIASED>
+__device__ __forceinline__ void widen(uint32_t (&d)[4], uint32_t codes)
+{
+	const __nv_bfloat162 bias = __floats2bfloat162_rn(-136.0f, -136.0f);
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		d[i] = ptx_and_or(codes >> 4 * i, 0x000f000fu, 0x43004300u);
+		if (!BIASED) {
+			__nv_bfloat162 b = __hadd2(*(__nv_bfloat162 *)&d[i], bias);
+
+			d[i] = *(uint32_t *)&b;
+		}
+	}
+}
+
+/* 32 columns of a row block: two steps, and the two rows' scales. */
+struct steps {
+	uint32_t a[2][4];
+	float low, high;
+};
+
+template <bool BIASED>
+__device__ __forceinline__ void load_steps(steps &d, uint32_t first, uint32_t second, uint32_t scales)
+{
+	widen<BIASED>(d.a[0], first);
+	widen<BIASED>(d.a[1], second);
+	d.low = __uint_as_float(scales << 16);
+	d.high = __uint_as_float(scales & 0xffff0000u);
+}
+
+/* The scales multiply sums of 32 columns, in f32: the weights are never rounded. */
+template <bool BIASED>
+__device__ __forceinline__ void add_steps(float (&sum)[4], const steps &s, const uint32_t (&b)[4],
+                                          const float (&bias)[4])
+{
+	float d[4];
+
+	if (BIASED)
+		ptx_mma_bf16_from(d, s.a[0][0], s.a[0][1], s.a[0][2], s.a[0][3], b[0], b[1], bias);
+	else
+		ptx_mma_bf16_first(d, s.a[0][0], s.a[0][1], s.a[0][2], s.a[0][3], b[0], b[1]);
+	ptx_mma_bf16(d, s.a[1][0], s.a[1][1], s.a[1][2], s.a[1][3], b[2], b[3]);
+	sum[0] = fmaf(s.low, d[0], sum[0]), sum[1] = fmaf(s.low, d[1], sum[1]);
+	sum[2] = fmaf(s.high, d[2], sum[2]), sum[3] = fmaf(s.high, d[3], sum[3]);
+}
+
+/* -136 times the sum of 32 columns of the activations, in every row. */
+__device__ __forceinline__ void sum_bias(float (&d)[4], const uint32_t (&b)[4])
+{
+	constexpr uint32_t MINUS_136 = 0xc308c308u;
+
+	ptx_mma_bf16_first(d, MINUS_136, MINUS_136, MINUS_136, MINUS_136, b[0], b[1]);
+	ptx_mma_bf16(d, MINUS_136, MINUS_136, MINUS_136, MINUS_136, b[2], b[3]);
+}
+
+/* Shared addresses of this lane's rows of activations, as ptx_load_matrices wants them. */
+template <typename L>
+struct x_rows {
+	static constexpr int N = L::T <= 16 ? L::NT : 1;
+	uint32_t offset[N];
+	uint32_t pitch8; /* eight rows further */
+};
+
+/* Rows beyond the tile's, whose results nobody reads, are the last again. */
+template <typename L>
+__device__ __forceinline__ x_rows<L> lane_rows(int rows, uint32_t pitch)
+{
+	int lane = threadIdx.x % 32;
+	x_rows<L> x;
+
+	x.pitch8 = 8 * pitch;
+#pragma unroll
+	for (int n = 0; n < x_rows<L>::N; n++)
+		x.offset[n] = min(n * 8 + lane % 8, rows - 1) * pitch + lane / 8 * 16;
+	return x;
+}
+
+template <typename L>
+__device__ __forceinline__ uint32_t x_offset(const x_rows<L> &x, int n)
+{
+	return L::T <= 16 ? x.offset[n < x_rows<L>::N ? n : 0] : x.offset[0] + n * x.pitch8;
+}
+
+template <typename L>
+using tile_sums = float[L::RB][L::NT][4];
+
+/* Row g's and row g + 8's scales, for each 32 columns of a record. */
+__device__ __forceinline__ void load_scales(uint32_t (&d)[4], const uint8_t *from, int g, int group_shift)
+{
+	if (group_shift == 0) {
+		uint4 v = ((const uint4 *)from)[g];
+
+		d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+	} else if (group_shift == 1) {
+		uint2 v = ((const uint2 *)from)[g];
+
+		d[0] = d[1] = v.x, d[2] = d[3] = v.y;
+	} else {
+		d[0] = d[1] = d[2] = d[3] = ((const uint32_t *)from)[g];
+	}
+}
+
+/* One record of each of the warp's row blocks, `block_pitch` apart, times 128 columns of `rows` places. */
+template <typename L>
+__device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const uint8_t *record, uint32_t block_pitch,
+                                                uint32_t x, const x_rows<L> &own, int rows, int group_shift)
+{
+	int lane = threadIdx.x % 32;
+	uint32_t scale[L::RB][4]; /* of each 32 columns */
+
+#pragma unroll
+	for (int r = 0; r < L::RB; r++)
+		load_scales(scale[r], record + r * block_pitch + RECORD_CODES, lane / 4, group_shift);
+#pragma unroll(L::T * L::RB > 8 ? 1 : 2) /* more would spill */
+	for (int half = 0; half < 2; half++) {
+		uint4 q[L::RB];
+
+#pragma unroll
+		for (int r = 0; r < L::RB; r++)
+			q[r] = *(const uint4 *)(record + r * block_pitch + half * 512 + lane * 16);
+#pragma unroll
+		for (int k = 0; k < 2; k++) {
+			steps s[L::RB];
+
+#pragma unroll
+			for (int r = 0; r < L::RB; r++)
+				load_steps<L::BIASED>(s[r], k ? q[r].z : q[r].x, k ? q[r].w : q[r].y,
+				                     half ? scale[r][2 + k] : scale[r][k]);
+#pragma unroll
+			for (int n0 = 0; n0 < L::NT; n0 += 2) {
+				if (n0 > 0 && n0 * 8 >= rows)
+					break;
+#pragma unroll
+				for (int n = n0; n < n0 + 2 && n < L::NT; n++) {
+					uint32_t b[4];
+					float bias[4];
+
+					ptx_load_matrices(b, x + x_offset<L>(own, n) + (2 * half + k) * 64);
+					if (L::BIASED)
+						sum_bias(bias, b);
+#pragma unroll
+					for (int r = 0; r < L::RB; r++)
+						add_steps<L::BIASED>(sum[r][n], s[r], b, bias);
+				}
+			}
+		}
+	}
+}
+
+template <typename L>
+__device__ __forceinline__ void clear(tile_sums<L> &sum)
+{
+#pragma unroll
+	for (int r = 0; r < L::RB; r++)
+#pragma unroll
+		for (int n = 0; n < L::NT; n++)
+#pragma unroll
+			for (int i = 0; i < 4; i++)
+				sum[r][n][i] = 0.0f;
+}
+
+/* The warps that share rows hand their sums to the first of them, which adds them in order. */
+template <typename L>
+__device__ __forceinline__ void join(tile_sums<L> &sum, float *sums, int warp_row, int warp_column)
+{
+	constexpr int VALUES = L::RB * L::NT * 4;
+	int lane = threadIdx.x % 32;
+
+	if (L::WK == 1)
+		return;
+	ptx_barrier_some(BAR_SUMS, 32 * L::W); /* the item before has been read */
+	if (warp_column > 0) {
+		float *to = sums + ((warp_column - 1) * L::WR + warp_row) * VALUES * 32 + lane;
+
+#pragma unroll
+		for (int v = 0; v < VALUES; v++)
+			to[v * 32] = sum[v / (L::NT * 4)][v / 4 % L::NT][v % 4];
+	}
+	ptx_barrier_some(BAR_SUMS, 32 * L::W); /* this item is written */
+	if (warp_column == 0)
+#pragma unroll
+		for (int k = 1; k < L::WK; k++) {
+			const float *from = sums + ((k - 1) * L::WR + warp_row) * VALUES * 32 + lane;
+
+#pragma unroll
+			for (int v = 0; v < VALUES; v++)
+				sum[v / (L::NT * 4)][v / 4 % L::NT][v % 4] += from[v * 32];
+		}
+}
+
+/* act = silu(gate) * up of one item; a lane's first two sums are gate's, the others up's. */
+template <typename L>
+__device__ __forceinline__ void store_act(const kk_moe_args &a, const tile_sums<L> &sum, const int *places,
+                                          int rows, int first)
+{
+	int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+	__nv_bfloat16 *act = (__nv_bfloat16 *)a.act + first + g;
+
+#pragma unroll
+	for (int n = 0; n < L::NT; n++)
+#pragma unroll
+		for (int i = 0; i < 2; i++) {
+			int row = n * 8 + 2 * t + i;
+
+			if (row >= rows)
+				continue;
+#pragma unroll
+			for (int r = 0; r < L::RB; r++)
+				act[(size_t)places[row] * a.intermediate + r * 8] =
+					__float2bfloat16(silu(sum[r][n][i]) * sum[r][n][2 + i]);
+		}
+}
+
+template <typename L>
+__device__ __forceinline__ void store_part(const kk_moe_args &a, const tile_sums<L> &sum, const int *places,
+                                           int rows, int first)
+{
+	int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+
+#pragma unroll
+	for (int n = 0; n < L::NT; n++) {
+		if (n * 8 >= rows)
+			break;
+		if (a.part_bf16) {
+			/* A pair of lanes swaps, so that each has two rows of one place. */
+			int row = n * 8 + 2 * t + (g & 1);
+
+#pragma unroll
+			for (int r = 0; r < L::RB; r++)
+#pragma unroll
+				for (int h = 0; h < 2; h++) {
+					float even = sum[r][n][2 * h], odd = sum[r][n][2 * h + 1];
+					float keep = g & 1 ? odd : even;
+					float got = __shfl_xor_sync(0xffffffffu, g & 1 ? even : odd, 4);
+					__nv_bfloat162 v = g & 1 ? __floats2bfloat162_rn(got, keep)
+					                         : __floats2bfloat162_rn(keep, got);
+
+					if (row < rows)
+						*(__nv_bfloat162 *)((__nv_bfloat16 *)a.part +
+						                    (size_t)places[row] * a.hidden + first +
+						                    r * 16 + h * 8 + (g & ~1)) = v;
+				}
+		} else {
+#pragma unroll
+			for (int i = 0; i < 2; i++) {
+				int row = n * 8 + 2 * t + i;
+
+				if (row >= rows)
+					continue;
+#pragma unroll
+				for (int r = 0; r < L::RB; r++) {
+					float *to = (float *)a.part + (size_t)places[row] * a.hidden + first + r * 16 + g;
+
+					to[0] = sum[r][n][i];
+					to[8] = sum[r][n][2 + i];
+				}
+			}
+		}
+	}
+}
+
+struct rings {
+	ring w, x;
+};
+
+__device__ __forceinline__ void give_stage(const uint64_t *empty, int at)
+{
+	__syncwarp();
+	if (threadIdx.x % 32 == 0)
+		ptx_mbarrier_arrive(barrier_of(empty, at));
+}
+
+template <typename L>
+__device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_work &w, stream_smem *s,
+                                            const char *base, float *sums, rings &q)
+{
+	int warp = threadIdx.x / 32, warp_row = warp % L::WR, warp_column = warp / L::WR;
+	uint32_t rec = w.record_bytes;
+	x_rows<L> own = lane_rows<L>(w.x_rows, L::UP_PITCH);
+
+	for (int i = w.up_lo; i < w.up_hi; i++) {
+		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
+		tile_sums<L> sum;
+
+		clear<L>(sum);
+		for (int c = 0; c < w.up_records; c += L::PER) {
+			int n = min(L::PER, w.up_records - c);
+			bool last = c + L::PER >= w.up_records;
+			const uint8_t *stage = (const uint8_t *)base + q.w.at * w.stage_bytes +
+			                       warp_row * L::RB * L::PER * rec;
+
+			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
+			ptx_mbarrier_wait(barrier_of(s->x_full, q.x.at), q.x.parity);
+			for (int k = warp_column; k < n; k += L::WK)
+				multiply_record<L>(sum, stage + k * rec, L::PER * rec,
+				                   w.x0 + q.x.at * w.x_stage_bytes + k * RECORD_COLS * 2, own,
+				                   s->rows[q.x.at], w.group_shift);
+			give_stage(s->empty, q.w.at);
+			q.w.next();
+			if (last) {
+				join<L>(sum, sums, warp_row, warp_column);
+				if (warp_column == 0)
+					store_act<L>(a, sum, s->places[q.x.at], s->rows[q.x.at],
+					             (it.rows * L::WR + warp_row) * L::RB * 8);
+			}
+			give_stage(s->x_empty, q.x.at);
+			q.x.next();
+		}
+	}
+}
+
+template <typename L>
+__device__ __forceinline__ void multiply_down(const kk_moe_args &a, const stream_work &w, stream_smem *s,
+                                              const char *base, rings &q)
+{
+	int warp = threadIdx.x / 32;
+	uint32_t rec = w.record_bytes;
+	x_rows<L> own = lane_rows<L>(w.x_rows, L::DOWN_PITCH);
+
+	for (int i = w.down_lo; i < w.down_hi; i++) {
+		item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
+		tile_sums<L> sum;
+
+		clear<L>(sum);
+		for (int c = 0; c < w.down_records; c += L::REC) {
+			int n = min(L::REC, w.down_records - c);
+			const uint8_t *stage = (const uint8_t *)base + q.w.at * w.stage_bytes +
+			                       warp * L::RB * L::REC * rec;
+
+			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
+			ptx_mbarrier_wait(barrier_of(s->x_full, q.x.at), q.x.parity);
+			for (int k = 0; k < n; k++)
+				multiply_record<L>(sum, stage + k * rec, L::REC * rec,
+				                   w.x0 + q.x.at * w.x_stage_bytes + k * RECORD_COLS * 2, own,
+				                   s->rows[q.x.at], w.group_shift);
+			give_stage(s->empty, q.w.at);
+			q.w.next();
+			if (c + L::REC >= w.down_records)
+				store_part<L>(a, sum, s->places[q.x.at], s->rows[q.x.at],
+				              it.rows * L::DOWN_ROWS + warp * L::RB * 16);
+			give_stage(s->x_empty, q.x.at);
+			q.x.next();
+		}
+	}
+}
+
+__device__ __forceinline__ void store_y(const kk_moe_args &a, size_t at, float sum)
+{
+	float v = a.scale * sum;
+
+	if (a.y_bf16) {
+		__nv_bfloat16 *y = (__nv_bfloat16 *)a.y + at;
+
+		*y = __float2bfloat16(a.accumulate ? __bfloat162float(*y) + v : v);
+	} else {
+		float *y = (float *)a.y + at;
+
+		*y = a.accumulate ? *y + v : v;
+	}
+}
+
+/* All places' activations, in the tiles' order, past the copy engine: they are few, and it is slower. */
+template <typename L>
+__device__ __forceinline__ void load_act(const kk_moe_args &a, const stream_smem *s, char *to)
+{
+	int row_pieces = a.intermediate / 8;
+
+	for (int i = threadIdx.x; i < s->places_here * row_pieces; i += 32 * L::W) {
+		int p = i / row_pieces, piece = i - p * row_pieces;
+
+		*(uint4 *)(to + p * (a.intermediate * 2 + PAD) + piece * 16) =
+			ptx_load_fresh((const char *)a.act + ((size_t)s->order[p] * row_pieces + piece) * 16);
+	}
+	ptx_barrier_some(BAR_ALL, 32 * L::W); /* they are in shared memory */
+}
+
+/*
+ * Row blocks of all experts at once: a warp's unit is a row block of one tile's expert. All of this
+ * block's places' rows meet in shared memory, and are summed in the order of k.
+ */
+template <typename L>
+__device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stream_work &w, stream_smem *s,
+                                                char *base, float *sums, rings &q)
+{
+	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+	int places = a.tokens * a.top_k, blocks = w.down_hi - w.down_lo, units = blocks * w.tiles;
+	uint32_t rec = w.record_bytes, pitch = a.intermediate * 2 + PAD;
+
+	load_act<L>(a, s, base + w.stages * w.stage_bytes);
+	for (int u = 0; u < units; u += L::W) {
+		bool mine = u + warp < units;
+		int tile = (u + warp) % w.tiles, block = (u + warp) / w.tiles;
+		int at = mine ? s->tile_first[tile] : 0, rows = mine ? s->tile_rows[tile] : 1;
+		x_rows<L> own = lane_rows<L>(rows, pitch);
+		tile_sums<L> sum;
+
+		clear<L>(sum);
+		for (int c = 0; c < w.down_records; c += L::REC) {
+			int n = min(L::REC, w.down_records - c);
+			const uint8_t *stage = (const uint8_t *)base + q.w.at * w.stage_bytes + warp * L::REC * rec;
+
+			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
+			for (int k = 0; k < n && mine; k++)
+				multiply_record<L>(sum, stage + k * rec, 0,
+				                   w.x0 + at * pitch + (c + k) * RECORD_COLS * 2, own, rows,
+				                   w.group_shift);
+			give_stage(s->empty, q.w.at);
+			q.w.next();
+		}
+		if (mine)
+#pragma unroll
+			for (int v = 0; v < 4; v++)
+				if (2 * t + v % 2 < rows)
+					sums[(block * places + at + 2 * t + v % 2) * 17 + g + v / 2 * 8] = sum[0][0][v];
+	}
+	ptx_barrier_some(BAR_ALL, 32 * L::W); /* every place's rows are here */
+	for (int o = threadIdx.x; o < blocks * a.tokens * 16; o += 32 * L::W) {
+		int row = o % 16, block = o / 16 % blocks, token = o / 16 / blocks;
+		float all = 0.0f;
+
+		for (int k = 0; k < a.top_k; k++) {
+			int p = s->position[token * a.top_k + k];
+
+			if (p >= 0)
+				all = fmaf(s->weights[token * a.top_k + k], sums[(block * places + p) * 17 + row], all);
+		}
+		store_y(a, (size_t)token * a.hidden + (w.down_lo + block) * 16 + row, all);
+	}
+}
+
+/* ---- The sum over each token's places. ---- */
+
+/* Eight columns of a place. */
+__device__ __forceinline__ void add_place(const kk_moe_args &a, size_t place, int column, float weight,
+                                          float (&all)[8])
+{
+	uint4 u = ptx_load_fresh((const char *)a.part + (place * a.hidden + column) * (a.part_bf16 ? 2 : 4));
+	uint4 v = {};
+
+	if (!a.part_bf16)
+		v = ptx_load_fresh((const char *)a.part + (place * a.hidden + column + 4) * 4);
+	if (a.part_bf16) {
+		uint32_t h[4] = {u.x, u.y, u.z, u.w};
+
+#pragma unroll
+		for (int i = 0; i < 4; i++) {
+			all[2 * i] = fmaf(weight, __uint_as_float(h[i] << 16), all[2 * i]);
+			all[2 * i + 1] = fmaf(weight, __uint_as_float(h[i] & 0xffff0000u), all[2 * i + 1]);
+		}
+	} else {
+		uint32_t h[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+
+#pragma unroll
+		for (int i = 0; i < 8; i++)
+			all[i] = fmaf(weight, __uint_as_float(h[i]), all[i]);
+	}
+}
+
+__device__ __forceinline__ void sum_places(const kk_moe_args &a, int threads)
+{
+	int per = a.hidden / 8, stride = gridDim.x * threads;
+
+	for (int o = blockIdx.x * threads + threadIdx.x; o < a.tokens * per; o += stride) {
+		int token = o / per, column = o % per * 8;
+		float all[8] = {};
+
+#pragma unroll 8
+		for (int k = 0; k < a.top_k; k++) {
+			size_t place = (size_t)token * a.top_k + k;
+			int e = __ldg(a.ids + place);
+			float weight = __ldg(a.weights + place);
+
+			if (e >= 0 && e < a.experts && weight != 0.0f)
+				add_place(a, place, column, weight, all);
+		}
+#pragma unroll
+		for (int i = 0; i < 8; i++)
+			store_y(a, (size_t)token * a.hidden + column + i, all[i]);
+	}
+}
+
+template <typename L>
+__global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constant__ kk_moe_args a)
+{
+	extern __shared__ __align__(1024) char smem[];
+	stream_smem *s = (stream_smem *)smem;
+	float *sums = (float *)(smem + 12 * 1024);
+	char *base = smem + 12 * 1024 + a.sums_bytes;
+	int warp = threadIdx.x / 32, round_up, round_down;
+	stream_work w;
+
+	w.group_shift = a.group == 32 ? 0 : a.group == 64 ? 1 : 2;
+	w.record_bytes = RECORD_CODES + 4096 / a.group;
+	w.up_records = a.hidden / RECORD_COLS;
+	w.down_records = a.intermediate / RECORD_COLS;
+	w.stages = a.stages;
+	w.x_stages = a.x_stages;
+	w.stage_bytes = L::W * L::REC * L::RB * w.record_bytes;
+	w.x_rows = L::T <= 16 ? min(a.inside ? a.tokens : a.tokens * a.top_k, L::T) : L::T;
+	w.x_stage_bytes = w.x_rows * L::UP_PITCH;
+	w.stage0 = ptx_shared_address(base);
+	w.x0 = w.stage0 + w.stages * w.stage_bytes;
+	if (threadIdx.x == 0) {
+		for (int i = 0; i < w.stages; i++) {
+			ptx_mbarrier_init(barrier_of(s->full, i), 1);
+			ptx_mbarrier_init(barrier_of(s->empty, i), L::W);
+		}
+		for (int i = 0; i < w.x_stages; i++) {
+			ptx_mbarrier_init(barrier_of(s->x_full, i), 1);
+			ptx_mbarrier_init(barrier_of(s->x_empty, i), L::W);
+		}
+		ptx_mbarrier_init_done();
+	}
+	ptx_release_successor();
+	ptx_wait_predecessor();
+	round_up = round_of(a.sync);
+	round_down = round_of(a.sync + SYNC_STRIDE);
+	if (a.inside) {
+		sort_inside(a, s, min(a.tokens, L::T));
+		w.tiles = s->tiles;
+	} else {
+		w.tiles = __ldcg(a.total) / L::T;
+		__syncthreads(); /* the block's barriers are ready; the rounds were read before anybody arrives */
+	}
+	divide<L>(a, w);
+	if (warp == L::W) {
+		fetch_weights<L>(a, w, s);
+	} else if (warp == L::W + 1) {
+		fetch_activations<L>(a, w, s, round_up);
+	} else {
+		rings q = {{0, 0, w.stages}, {0, 0, w.x_stages}};
+
+		multiply_up<L>(a, w, s, base, sums, q);
+		ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's activations are stored */
+		if (threadIdx.x == 0)
+			arrive_round(a.sync);
+		if constexpr (L::T == 8)
+			if (a.direct) {
+				if (threadIdx.x == 0)
+					wait_round(a.sync, round_up);
+				ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
+				multiply_direct<tile<8, 1, 1, L::W, L::RB * L::REC>>(a, w, s, base, sums, q);
+				return;
+			}
+		multiply_down<L>(a, w, s, base, q);
+		ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's parts are stored */
+		if (threadIdx.x == 0) {
+			arrive_round(a.sync + SYNC_STRIDE);
+			wait_round(a.sync + SYNC_STRIDE, round_down);
+		}
+		ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
+		sum_places(a, 32 * L::W);
+	}
+}
+
+template <typename L>
+static cudaError_t launch_stream(const kk_moe_args *a, void (*kernel)(kk_moe_args), int threads,
+                                 cudaStream_t stream)
+{
+	cudaLaunchAttribute attr[2] = {};
+	cudaLaunchConfig_t config = {};
+	cudaError_t rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+	                                      (int)a->smem_bytes);
+
+	if (rc != cudaSuccess)
+		return rc;
+	if (a->warps != L::W || a->hidden % L::DOWN_ROWS || 2 * a->intermediate % L::ROWS)
+		return cudaErrorInvalidValue;
+	config.gridDim = dim3(a->blocks);
+	config.blockDim = dim3(threads);
+	config.dynamicSmemBytes = a->smem_bytes;
+	config.stream = stream;
+	config.attrs = attr;
+	/* All blocks run at once, or none: they wait for each other. */
+	attr[config.numAttrs].id = cudaLaunchAttributeCooperative;
+	attr[config.numAttrs++].val.cooperative = 1;
+	if (a->pdl) {
+		attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+		attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+	}
+	return cudaLaunchKernelEx(&config, kernel, *a);
+}
+
+template <typename L>
+static cudaError_t launch_tile(const kk_moe_args *a, cudaStream_t stream)
+{
+	return launch_stream<L>(a, moe_stream<L>, L::THREADS, stream);
+}
+
+cudaError_t moe_stream_large(const kk_moe_args *a, cudaStream_t stream);
+cudaError_t moe_prefill_launch(const kk_moe_args *a, cudaStream_t stream);
+
+#endif

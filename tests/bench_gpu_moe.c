@@ -1,0 +1,392 @@
+/*
+ * The experts' time on a GPU: routed ids to summed output, as a serving step would run it.
+ *
+ *   bench_gpu_moe [--tp N] [--tokens LIST] [--candidates | --all] [--no-overlap] [--json FILE] [--seconds S]
+ *
+ * Kimi K2.5's experts (384, top 8, hidden 7168, int4 in groups of 32; intermediate 2048 / N), all of them
+ * in memory. A graph of many calls, each with the next of 16 (4, then 2 for many tokens) uniform random
+ * routings, so that weights come from memory but for chance; the median over replays, divided by the
+ * calls. The floor is the distinct experts' bytes, x and y at 3.10 TB/s, or the products at 780 TFLOP/s.
+ * With --candidates each tile the planner lists is timed, and the best is shown beside the plan's own; --all shows each.
+ * The rivals' figures are the better of SGLang's and vLLM's Marlin pipelines, same method, one H100.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/mem.h"
+#include "base/rng.h"
+#include "device/cuda_moe.h"
+#include "format/dtype.h"
+#include "format/moe_layout.h"
+
+enum { EXPERTS = 384, TOP_K = 8, HIDDEN = 7168, GROUP = 32, MODELS = 6, MAX_M = 8192, MAX_TILES = 128 };
+
+#define PEAK_BYTES_US 3.10e6
+#define PEAK_FLOPS_US 780e6
+
+#if KM_CUDA
+
+static const struct rival {
+	int tp, tokens;
+	double us;
+} rivals[] = {
+	{ 8, 1, 25.4 }, { 8, 2, 38.0 }, { 8, 4, 57.2 }, { 8, 8, 95.1 }, { 8, 16, 154.6 }, { 8, 32, 243.6 },
+	{ 8, 64, 362.1 }, { 8, 128, 460.3 }, { 8, 256, 542.2 }, { 8, 512, 581.0 }, { 8, 1024, 824.5 },
+	{ 8, 2048, 1252.9 }, { 8, 4096, 2505.2 }, { 1, 1, 87.1 }, { 1, 2, 153.3 }, { 1, 4, 279.4 },
+	{ 1, 8, 514.5 }, { 1, 16, 926.3 }, { 1, 32, 1570.5 }, { 1, 64, 2389.7 }, { 1, 128, 3076.6 },
+	{ 1, 256, 3444.3 }, { 1, 512, 3518.1 }, { 1, 1024, 4523.1 }, { 1, 2048, 6745.2 }, { 1, 4096, 15216.7 },
+};
+
+static double rival_us(int tp, int tokens)
+{
+	for (size_t i = 0; i < sizeof(rivals) / sizeof(*rivals); i++)
+		if (rivals[i].tp == tp && rivals[i].tokens == tokens)
+			return rivals[i].us;
+	return 0;
+}
+
+typedef struct bench {
+	km_cuda *gpu;
+	km_moe_device device;
+	int tp, intermediate, routings;
+	bool pdl, all;
+	km_moe_weights experts;
+	char *x, *y;
+	int32_t *ids;
+	float *weights;
+	void *scratch;
+	double distinct; /* experts hit, the mean over the routings */
+	double share;    /* of a second, for one measurement */
+} bench;
+
+/* A few experts' random bytes, with scales near 0.01, copied to all. */
+static int make_matrix(bench *b, km_moe_matrix *m, size_t bytes, km_err *err)
+{
+	size_t record = KM_MOE_RECORD_BYTES(GROUP), all = bytes * MODELS;
+	uint8_t *host = km_xmalloc(all), *to = NULL;
+	int rc = 0;
+
+	for (size_t at = 0; at + 8 <= all; at += 8) {
+		uint64_t v = km_rng_u64(1, at);
+
+		if (at % record >= KM_MOE_RECORD_CODES)
+			v = (v & UINT64_C(0x807f807f807f807f)) | UINT64_C(0x3c003c003c003c00);
+		memcpy(host + at, &v, 8);
+	}
+	rc = km_cuda_take(b->gpu, (void **)&to, bytes * EXPERTS, "experts", err);
+	for (int e = 0; e < EXPERTS && rc == 0; e += MODELS)
+		rc = e == 0 ? km_cuda_upload(b->gpu, to, host, all, err)
+		            : km_cuda_copy(b->gpu, to + (size_t)e * bytes, to, all, err);
+	*m = (km_moe_matrix){ to, NULL, bytes, 0 };
+	free(host);
+	return rc;
+}
+
+static int open_bench(bench *b, km_err *err)
+{
+	km_moe_problem most = { .tokens = MAX_M, .experts = EXPERTS, .global_experts = EXPERTS, .top_k = TOP_K,
+		                .hidden = HIDDEN, .intermediate = b->intermediate, .group = GROUP,
+		                .packed = true };
+	size_t scratch = km_moe_scratch_size(&most, &b->device), rows = (size_t)MAX_M * HIDDEN;
+	uint16_t *x = km_xmalloc(rows * 2);
+	int rc;
+
+	for (size_t i = 0; i < rows; i++)
+		x[i] = km_f32_to_bf16(km_rng_normal(2, i));
+	b->experts = (km_moe_weights){ .packed = true, .group = GROUP };
+	rc = make_matrix(b, &b->experts.gate_up, km_moe_gate_up_bytes(HIDDEN, b->intermediate, GROUP), err);
+	if (rc == 0)
+		rc = make_matrix(b, &b->experts.down, km_moe_down_bytes(HIDDEN, b->intermediate, GROUP), err);
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, (void **)&b->x, rows * 2, "x", err);
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, (void **)&b->y, rows * 2, "y", err);
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, (void **)&b->ids, (size_t)MAX_M * TOP_K * 4 * 2, "ids", err);
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, (void **)&b->weights, (size_t)MAX_M * TOP_K * 4 * 2, "weights", err);
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, &b->scratch, scratch, "scratch", err);
+	if (rc == 0)
+		rc = km_cuda_fill(b->gpu, b->scratch, 0, KM_MOE_SYNC_BYTES, err);
+	if (rc == 0)
+		rc = km_cuda_upload(b->gpu, b->x, x, rows * 2, err);
+	free(x);
+	return rc;
+}
+
+static bool is_among(const int32_t *row, int count, int32_t id)
+{
+	for (int i = 0; i < count; i++)
+		if (row[i] == id)
+			return true;
+	return false;
+}
+
+/* Fills a routing of distinct experts for each token; returns how many experts it names. */
+static int make_routing(int32_t *ids, int tokens, uint64_t seed)
+{
+	char hit[EXPERTS] = { 0 };
+	int distinct = 0;
+	uint64_t n = 0;
+
+	for (int t = 0; t < tokens; t++)
+		for (int k = 0; k < TOP_K; k++) {
+			int32_t *row = ids + (size_t)t * TOP_K;
+
+			do
+				row[k] = (int32_t)(km_rng_u64(seed, n++) % EXPERTS);
+			while (is_among(row, k, row[k]));
+			distinct += !hit[row[k]];
+			hit[row[k]] = 1;
+		}
+	return distinct;
+}
+
+static int make_routings(bench *b, int tokens, km_err *err)
+{
+	size_t places = (size_t)tokens * TOP_K, all;
+	int32_t *ids;
+	float *weights;
+	int rc;
+
+	b->routings = tokens <= 128 ? 16 : tokens <= 1024 ? 4 : 2;
+	all = places * (size_t)b->routings;
+	ids = km_xmalloc(all * 4);
+	weights = km_xmalloc(all * 4);
+	b->distinct = 0;
+	for (int r = 0; r < b->routings; r++)
+		b->distinct += make_routing(ids + (size_t)r * places, tokens, 31 + (uint64_t)r) / (double)b->routings;
+	for (size_t i = 0; i < all; i++)
+		weights[i] = 0.05f + 0.2f * (float)km_rng_uniform(7, i);
+	rc = km_cuda_upload(b->gpu, b->ids, ids, all * 4, err);
+	if (rc == 0)
+		rc = km_cuda_upload(b->gpu, b->weights, weights, all * 4, err);
+	free(ids);
+	free(weights);
+	return rc;
+}
+
+static double floor_us(const bench *b, int tokens)
+{
+	double weights = b->distinct * 3.0 * HIDDEN * b->intermediate * 0.5625, rows = 2.0 * tokens * HIDDEN * 2;
+	double flops = 6.0 * tokens * TOP_K * HIDDEN * b->intermediate;
+
+	return fmax((weights + rows) / PEAK_BYTES_US, flops / PEAK_FLOPS_US);
+}
+
+/* x and y in rotation too: of many tokens the whole, of few a piece of the same buffer. */
+static km_moe_buffers call_buffers(const bench *b, int tokens, int call)
+{
+	size_t places = (size_t)tokens * TOP_K, rows = (size_t)tokens * HIDDEN * 2;
+	size_t pieces = MAX_M / (size_t)tokens, piece = (size_t)call % (pieces < 64 ? pieces : 64);
+	size_t routing = (size_t)(call % b->routings) * places;
+
+	return (km_moe_buffers){ .x = b->x + piece * rows, .y = b->y + piece * rows, .y_bf16 = true,
+		                 .ids = b->ids + routing, .weights = b->weights + routing,
+		                 .experts = b->experts, .routed_scale = 2.827f, .scratch = b->scratch };
+}
+
+static int compare(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* Median over replays, a call. */
+static int time_plan(bench *b, const km_moe_plan *plan, const km_moe_problem *p, double *us, km_err *err)
+{
+	double guess = floor_us(b, p->tokens) * 1.5, took[64];
+	int calls = (int)(b->share * 1e6 / 8 / guess), replays, rc = 0;
+	km_cuda_graph *graph = NULL;
+
+	calls = calls < b->routings ? b->routings : calls > 320 ? 320 : calls / b->routings * b->routings;
+	replays = (int)(b->share * 1e6 / guess / calls);
+	replays = replays < 3 ? 3 : replays > 64 ? 64 : replays;
+	KM_TRY(km_cuda_capture_begin(b->gpu, err));
+	for (int i = 0; i < calls && rc == 0; i++) {
+		km_moe_buffers buffers = call_buffers(b, p->tokens, i);
+
+		rc = km_cuda_moe_run(b->gpu, plan, p, &buffers, err);
+	}
+	KM_TRY(km_cuda_capture_end(b->gpu, &graph, err));
+	for (int i = -1; i < replays && rc == 0; i++) {
+		double t = 0;
+
+		rc = km_cuda_time_begin(b->gpu, err);
+		if (rc == 0)
+			rc = km_cuda_graph_launch(b->gpu, graph, err);
+		if (rc == 0)
+			rc = km_cuda_time_end(b->gpu, &t, err);
+		if (i >= 0)
+			took[i] = t / calls;
+	}
+	km_cuda_graph_free(graph);
+	if (rc == 0) {
+		qsort(took, (size_t)replays, sizeof(*took), compare);
+		*us = took[replays / 2];
+	}
+	return rc;
+}
+
+static void tile_text(char *to, size_t size, const km_moe_plan *plan)
+{
+	snprintf(to, size, "%s %dx%d g%d s%d+%d", km_moe_form_name(plan->form), plan->tile.block_m,
+	         plan->tile.block_n, plan->tile.group_m, plan->tile.stages, plan->x_stages);
+}
+
+static int best_candidate(bench *b, const km_moe_problem *p, double *us, char *name, size_t size, km_err *err)
+{
+	km_moe_tile tiles[MAX_TILES];
+	int n = km_moe_candidates(p, &b->device, tiles, MAX_TILES);
+
+	*us = 0;
+	for (int i = 0; i < n; i++) {
+		km_moe_plan plan;
+		double t = 0;
+
+		KM_TRY(km_moe_plan_make(&plan, p, &b->device, &tiles[i], err));
+		KM_TRY(time_plan(b, &plan, p, &t, err));
+		if (*us == 0 || t < *us) {
+			*us = t;
+			tile_text(name, size, &plan);
+		}
+		if (b->all) {
+			char text[64];
+
+			tile_text(text, sizeof(text), &plan);
+			printf("    %-32s %9.2f\n", text, t);
+		}
+	}
+	return 0;
+}
+
+static int bench_tokens(bench *b, int tokens, bool candidates, FILE *json, bool first, km_err *err)
+{
+	km_moe_problem p = { .tokens = tokens, .experts = EXPERTS, .global_experts = EXPERTS, .top_k = TOP_K,
+		             .hidden = HIDDEN, .intermediate = b->intermediate, .group = GROUP, .packed = true,
+		             .pdl = b->pdl };
+	double us = 0, best = 0, floor, rival = rival_us(b->tp, tokens);
+	char name[64], best_name[64] = "";
+	km_moe_plan plan;
+
+	KM_TRY(make_routings(b, tokens, err));
+	KM_TRY(km_moe_plan_make(&plan, &p, &b->device, NULL, err));
+	KM_TRY(time_plan(b, &plan, &p, &us, err));
+	tile_text(name, sizeof(name), &plan);
+	if (candidates)
+		KM_TRY(best_candidate(b, &p, &best, best_name, sizeof(best_name), err));
+	floor = floor_us(b, tokens);
+	printf("%2d %6d %-32s %9.2f %9.2f %5.1f%% %9.1f %6.2f %8.1f", b->tp, tokens, name, us, floor,
+	       100 * floor / us, rival, rival / us, 6e-6 * tokens * TOP_K * HIDDEN * b->intermediate / us);
+	if (candidates)
+		printf("   %-32s %9.2f %5.1f%%", best_name, best, 100 * floor / best);
+	printf("\n");
+	fflush(stdout);
+	if (json)
+		fprintf(json, "%s\n  {\"tp\": %d, \"tokens\": %d, \"plan\": \"%s\", \"us_median\": %.3f, "
+		        "\"floor_us\": %.3f, \"roofline\": %.4f, \"rival_us\": %.1f, \"rival_ratio\": %.3f, "
+		        "\"best\": \"%s\", \"best_us\": %.3f}",
+		        first ? "" : ",", b->tp, tokens, name, us, floor, floor / us, rival, rival / us,
+		        best_name, best);
+	return 0;
+}
+
+static int run_all(bench *b, const char *list, bool candidates, const char *path, km_err *err)
+{
+	FILE *json = path ? fopen(path, "w") : NULL;
+	bool first = true;
+	int rc = 0;
+
+	if (path && !json)
+		return km_fail(err, KM_EIO, "%s cannot be written", path);
+	if (json)
+		fprintf(json, "{\"device\": \"%s\", \"toolkit\": \"%s\", \"overlap\": %s, \"rows\": [",
+		        km_cuda_info_of(b->gpu)->name, km_cuda_info_of(b->gpu)->toolkit, b->pdl ? "true" : "false");
+	printf("TP      M plan                                    us     floor  share     rival  ratio  TFLOP/s%s\n",
+	       candidates ? "   best of all tiles" : "");
+	while (*list && rc == 0) {
+		char *end;
+		long tokens = strtol(list, &end, 10);
+
+		if (end == list || tokens < 1 || tokens > MAX_M) {
+			rc = km_fail(err, KM_EINVAL, "--tokens: 1 to %d, with commas, got %s", MAX_M, list);
+			break;
+		}
+		rc = bench_tokens(b, (int)tokens, candidates, json, first, err);
+		first = false;
+		list = *end == ',' ? end + 1 : end;
+	}
+	if (json) {
+		fprintf(json, "\n]}\n");
+		fclose(json);
+	}
+	return rc;
+}
+
+int main(int argc, char **argv)
+{
+	bench b = { .tp = 8, .pdl = true, .share = 0.05 };
+	const char *list = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096", *json = NULL;
+	bool candidates = false;
+	km_err err;
+	int rc;
+
+	for (int i = 1; i < argc; i++) {
+		bool more = i + 1 < argc;
+
+		if (!strcmp(argv[i], "--tp") && more)
+			b.tp = (int)strtol(argv[++i], NULL, 10);
+		else if (!strcmp(argv[i], "--tokens") && more)
+			list = argv[++i];
+		else if (!strcmp(argv[i], "--seconds") && more)
+			b.share = strtod(argv[++i], NULL);
+		else if (!strcmp(argv[i], "--json") && more)
+			json = argv[++i];
+		else if (!strcmp(argv[i], "--candidates"))
+			candidates = true;
+		else if (!strcmp(argv[i], "--all"))
+			candidates = b.all = true;
+		else if (!strcmp(argv[i], "--no-overlap"))
+			b.pdl = false;
+		else {
+			fprintf(stderr, "bench_gpu_moe: what is %s?\n", argv[i]);
+			return 2;
+		}
+	}
+	if (b.tp < 1 || b.tp > 16 || 2048 % b.tp || !(b.share > 0)) {
+		fprintf(stderr, "bench_gpu_moe: --tp is 1, 2, 4, 8 or 16, --seconds above 0\n");
+		return 2;
+	}
+	b.intermediate = 2048 / b.tp;
+	if (!km_cuda_count(&err)) {
+		printf("skip: %s\n", err.msg);
+		return 0;
+	}
+	rc = km_cuda_open(&b.gpu, 0, ((size_t)14 << 30) / (size_t)b.tp + ((size_t)3 << 30), &err);
+	if (rc == 0) {
+		b.device = (km_moe_device){ km_cuda_info_of(b.gpu)->capability,
+			                    km_cuda_info_of(b.gpu)->multiprocessors };
+		rc = open_bench(&b, &err);
+	}
+	if (rc == 0)
+		rc = run_all(&b, list, candidates, json, &err);
+	if (rc < 0)
+		fprintf(stderr, "bench_gpu_moe: %s\n", err.msg);
+	if (b.gpu)
+		km_cuda_close(b.gpu);
+	return rc < 0;
+}
+
+#else
+
+int main(void)
+{
+	printf("skip: this build has no CUDA\n");
+	return 0;
+}
+
+#endif
