@@ -19,6 +19,7 @@
 #include "device/moe_tune.h"
 #include "device/tuner.h"
 #include "format/json.h"
+#include "model/moe_search.h"
 #include "model/moe_tuning.h"
 #include "support/fake_checkpoint.h"
 
@@ -682,6 +683,122 @@ static void a_table_is_checked(void **state)
 	km_tune_release(&table);
 }
 
+/* ---- a whole run, as kimi-tune's ------------------------------------------------------------ */
+
+/* Candidates of the real kernel on the fake device: the plan's own, and one that is faster. */
+static int real_candidates(void *context, int tokens, km_tune_entry *out, int max, km_err *err)
+{
+	km_moe_tune_context c = context_of(8, 1);
+	km_moe_tile tiles[KM_TUNER_MAX_CANDIDATES];
+
+	(void)context, (void)err;
+	c.problem.tokens = tokens;
+	assert_true(km_moe_candidates(&c.problem, &c.device, tiles, max) > 1);
+	out[0] = entry_of(&c, tokens, 0);
+	for (int i = 0; i < 2; i++) {
+		km_moe_tile_values(&tiles[i], out[1].values);
+		if (memcmp(out[0].values, out[1].values, sizeof(out[0].values)) != 0)
+			break;
+	}
+	return 2;
+}
+
+static int right(void *context, int tokens, const int *values, double *us, km_err *err)
+{
+	(void)context, (void)tokens, (void)values, (void)err;
+	*us = 1;
+	return 1;
+}
+
+static int plan_is_slow(void *context, int tokens, const int *values, double *us, km_err *err)
+{
+	struct fake *f = context;
+	km_moe_tune_context c = context_of(8, 1);
+	km_tune_entry own = entry_of(&c, tokens, 0);
+
+	(void)err;
+	*us = memcmp(values, own.values, sizeof(own.values)) ? 50 : 60;
+	f->clock += 0.001;
+	if (++f->samples == f->cancel_after)
+		f->cancel = 1;
+	return 0;
+}
+
+static int run_search(struct fake *f, const char *path, bool resume, bool json, char **text,
+                      km_err *err)
+{
+	km_tuner_backend b = { f, fake_prepare, real_candidates, right, plan_is_slow, fake_now };
+	const int tokens[] = { 1, 16, 256 };
+	km_moe_tune_context c = context_of(8, 1);
+	km_moe_target target;
+	km_moe_search s = { .target = &target,
+		            .path = path,
+		            .tokens = tokens,
+		            .count = 3,
+		            .budget_s = 1,
+		            .resume = resume,
+		            .json = json,
+		            .quiet = true,
+		            .cancel = &f->cancel,
+		            .backend = &b };
+	size_t len;
+	int rc;
+
+	assert_int_equal(km_moe_target_make(&target, &c.problem, "NVIDIA H100 80GB HBM3", err), 0);
+	s.out = open_memstream(text, &len);
+	rc = km_moe_search_run(&s, err);
+	fclose(s.out);
+	return rc;
+}
+
+static void a_stopped_run_is_resumed(void **state)
+{
+	char *dir = temp_dir(), *path = km_xasprintf("%s/deep/er/t.json", dir), *text;
+	km_moe_tune_context c = context_of(8, 1);
+	km_tune_problem problem = km_moe_tune_problem(&c.problem);
+	km_tune_schema schema = km_moe_tune_schema(&c);
+	struct fake f = fake_of(2);
+	km_tune_table table;
+	json_t *doc;
+	km_err err;
+
+	(void)state;
+	f.cancel_after = 50; /* a token count takes 34 or 36 samples */
+	assert_int_equal(run_search(&f, path, false, false, &text, &err), KM_ECANCELED);
+	assert_non_null(
+		strstr(err.msg, "t.json holds 1 token counts, --resume goes on: interrupted"));
+	assert_non_null(strstr(text, "      1      50.00      60.00   20.0%"));
+	assert_null(strstr(text, "\n     16 "));
+	free(text);
+	assert_int_equal(km_tune_read(&table, path, &problem, &schema, &err), 0);
+	assert_int_equal(table.count, 1);
+	km_tune_release(&table);
+
+	f = fake_of(2);
+	assert_int_equal(run_search(&f, path, true, true, &text, &err), 0);
+	assert_int_equal(f.prepared, 2);
+	doc = json_loads(text, 0, NULL);
+	assert_non_null(doc);
+	assert_true(json_is_true(json_object_get(doc, "complete")));
+	assert_int_equal(json_array_size(json_object_get(doc, "rows")), 3);
+	json_decref(doc);
+	free(text);
+	assert_int_equal(km_tune_read(&table, path, &problem, &schema, &err), 0);
+	assert_int_equal(table.count, 3);
+	for (int i = 0; i < 3; i++)
+		assert_true(table.entries[i].us == 50 && table.entries[i].plan_us == 60);
+	km_tune_release(&table);
+
+	f = fake_of(2);
+	assert_int_equal(run_search(&f, path, true, false, &text, &err), 0);
+	assert_int_equal(f.prepared, 0);
+	free(text);
+	remove_dir(km_xasprintf("%s/deep/er", dir));
+	remove_dir(km_xasprintf("%s/deep", dir));
+	remove_dir(dir);
+	free(path);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -698,6 +815,7 @@ int main(void)
 		cmocka_unit_test(the_budget_holds),
 		cmocka_unit_test(a_stop_keeps_what_is_known),
 		cmocka_unit_test(a_table_is_checked),
+		cmocka_unit_test(a_stopped_run_is_resumed),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);
