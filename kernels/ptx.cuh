@@ -74,6 +74,23 @@ __device__ __forceinline__ void ptx_mma_bf16(float (&d)[4], uint32_t a0, uint32_
 	    : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* Two e4m3 as two bf16, exactly; nearest through f16, which holds every e4m3. sm_89 and later. */
+__device__ __forceinline__ uint32_t ptx_e4m3x2_to_bf16x2(uint16_t v)
+{
+	uint32_t halves, result = 0;
+#if __CUDA_ARCH__ >= 890
+	asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(v));
+	asm("{ .reg .b16 a, b; .reg .f32 x, y; mov.b32 {a, b}, %1; cvt.f32.f16 x, a; cvt.f32.f16 y, b; "
+	    "cvt.rn.bf16x2.f32 %0, y, x; }"
+	    : "=r"(result)
+	    : "r"(halves));
+#else
+	(void)v, (void)halves;
+	__trap();
+#endif
+	return result;
+}
+
 /* Clusters: sm_90 and later; a trap before. */
 __device__ __forceinline__ uint32_t ptx_cluster_rank()
 {

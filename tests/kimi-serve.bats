@@ -11,7 +11,7 @@ setup() {
 	serve=$KIMI_BIN/kimi-serve
 	model=$BATS_FILE_TMPDIR/model
 	dir=$BATS_TEST_TMPDIR
-	small="--context-length 2048 --max-total-tokens 16384 --threads 1"
+	small="--context-length 2048 --max-total-tokens 16384 --threads 1 --device cpu"
 }
 
 teardown() {
@@ -50,6 +50,22 @@ stop() {
 	run "$serve" --model-path "$dir/big" --plan
 	[ "$status" -eq 1 ]
 	[[ "$output" == *"does not fit"* ]]
+}
+
+@test "where to compute: the CPU when asked or when there is no GPU, which is said" {
+	small="--context-length 2048 --max-total-tokens 16384 --threads 1"
+	run "$serve" --model-path "$model" --explain $small --device cpu
+	[ "$status" -eq 0 ]
+	[[ "$output" == *"backend: CPU"* && "$output" != *"computing on the CPU"* ]]
+	if nvidia-smi -L >/dev/null 2>&1; then
+		skip "there is a GPU"
+	fi
+	run "$serve" --model-path "$model" --explain $small
+	[ "$status" -eq 0 ]
+	[[ "$output" == *"computing on the CPU: "*"backend: CPU"* ]]
+	run "$serve" --model-path "$model" --plan $small --device cuda
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"--device cuda: "* ]]
 }
 
 @test "kernel choices are explained" {

@@ -29,6 +29,54 @@ static void load(km_config *config, const char *name)
 	free(path);
 }
 
+static void same_shape(const km_weight *a, const km_weight *b)
+{
+	km_weight bare = *b;
+
+	bare.data = bare.scale = NULL;
+	assert_null(a->data);
+	assert_int_equal(a->type, bare.type);
+	assert_int_equal(a->rows, bare.rows);
+	assert_int_equal(a->cols, bare.cols);
+	assert_int_equal(a->group, bare.group);
+	assert_int_equal(a->block_rows, bare.block_rows);
+	assert_int_equal(a->block_cols, bare.block_cols);
+	if (bare.type == KM_W_FP8 || bare.type == KM_W_INT4)
+		assert_int_equal(km_dtype_bytes(a->scale_dtype), km_dtype_bytes(bare.scale_dtype));
+}
+
+/* What a plan takes for the matrices' shapes is what the files then have. */
+static void check_shapes(const km_config *c, const km_weights *opened)
+{
+	km_weights shapes;
+	km_err err;
+
+	if (km_weights_shapes(&shapes, c, &err) < 0)
+		fail_msg("%s", err.msg);
+	assert_int_equal(shapes.layers, opened->layers);
+	same_shape(&shapes.embed, &opened->embed);
+	same_shape(&shapes.head, &opened->head);
+	for (int i = 0; i < shapes.layers; i++) {
+		const km_layer_weights *a = &shapes.layer[i], *b = &opened->layer[i];
+		const km_weight *pairs[][2] = {
+			{ &a->q_proj, &b->q_proj }, { &a->q_a, &b->q_a }, { &a->q_b, &b->q_b },
+			{ &a->kv_a, &b->kv_a }, { &a->kv_b, &b->kv_b }, { &a->o, &b->o },
+			{ &a->gate, &b->gate }, { &a->up, &b->up }, { &a->down, &b->down },
+			{ &a->router, &b->router }, { &a->shared_gate, &b->shared_gate },
+			{ &a->shared_up, &b->shared_up }, { &a->shared_down, &b->shared_down },
+		};
+
+		for (size_t k = 0; k < sizeof(pairs) / sizeof(*pairs); k++)
+			same_shape(pairs[k][0], pairs[k][1]);
+		for (int e = 0; km_config_is_moe_layer(c, i) && e < c->n_routed_experts; e++) {
+			same_shape(&a->expert_gate[e], &b->expert_gate[e]);
+			same_shape(&a->expert_up[e], &b->expert_up[e]);
+			same_shape(&a->expert_down[e], &b->expert_down[e]);
+		}
+	}
+	km_weights_close(&shapes);
+}
+
 static void each_family_opens(void **state)
 {
 	static const struct {
@@ -72,6 +120,7 @@ static void each_family_opens(void **state)
 		assert_true(w.expert_bytes > 0 && w.text_bytes > 0);
 		assert_int_equal(w.vision_bytes > 0, c.vision.present);
 		assert_int_equal(w.skipped_bytes, 0);
+		check_shapes(&c, &w);
 		km_weights_close(&w);
 		fake_release(&fake);
 		km_config_release(&c);

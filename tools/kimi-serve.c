@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/option.h"
+#include "device/cuda.h"
 #include "wire/batch_lines.h"
 #include "wire/serve.h"
 
@@ -19,12 +20,13 @@ enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 struct options {
 	const char *model, *name, *host, *api_key, *kv_dtype, *template, *tool_parser,
 		*reasoning_parser;
-	const char *sampling, *log_level, *isa, *accepted;
+	const char *sampling, *log_level, *isa, *device, *accepted;
 	int64_t port, max_body, max_connections, context, running, queued, total_tokens, chunk,
 		page, threads;
 	int64_t stream_buffer, tp, pp, dp, ep, dcp, nodes;
 	double memory, request_timeout, stream_timeout, keepalive, drain;
-	bool batch, plan, explain, log_requests, no_prefix_cache, deterministic, quiet, rewrite_ids;
+	bool batch, plan, explain, log_requests, no_prefix_cache, no_graphs, deterministic, quiet;
+	bool rewrite_ids;
 };
 
 #define AT(field) offsetof(struct options, field)
@@ -123,6 +125,10 @@ static const km_option table[] = {
 	     "reuse no prompt prefixes"),
 	FLAG("enable-deterministic-inference,deterministic", deterministic,
 	     "a request's tokens do not depend on what runs beside it"),
+	CHOICE("device", "NAME", device, "auto|cuda|cpu",
+	       "where to compute (default auto: a GPU when there is one, else the CPU)"),
+	FLAG("disable-cuda-graph,enforce-eager", no_graphs,
+	     "on a GPU, launch every step kernel by kernel; the tokens are the same"),
 	INT("threads", threads, 1, 4096, "threads to compute with (default: all processors)"),
 	CHOICE("isa", "NAME", isa, "avx512|avx2|plain",
 	       "CPU kernels to use (default: the best that the processor has)"),
@@ -135,7 +141,6 @@ static const km_option table[] = {
 	INT("ep-size,ep", ep, 0, 100000, "1 is all there is"),
 	INT("dcp-size,decode-context-parallel-size", dcp, 0, 100000, "1 is all there is"),
 	INT("nnodes", nodes, 0, 100000, "1 is all there is"),
-	CHOICE("device", "NAME", accepted, "auto|cpu", "only the CPU is built"),
 	CHOICE("load-format", "NAME", accepted, "auto|safetensors", "only safetensors are read"),
 	ACCEPTED("trust-remote-code", NULL, "no code is ever taken from a checkpoint"),
 	ACCEPTED("enable-auto-tool-choice", NULL, "tool_choice auto always works"),
@@ -144,10 +149,8 @@ static const km_option table[] = {
 	ACCEPTED("enable-prefix-caching", NULL, "on unless --disable-radix-cache"),
 	ACCEPTED("enable-chunked-prefill", NULL, "always on"),
 	ACCEPTED("skip-server-warmup", NULL, "there is no warm-up"),
-	ACCEPTED("disable-cuda-graph", NULL, "there are no CUDA graphs to disable"),
-	ACCEPTED("enforce-eager", NULL, "there are no CUDA graphs to disable"),
 	ACCEPTED("disable-log-requests", NULL, "requests are logged only with --log-requests"),
-	ACCEPTED("model-loader-extra-config", "JSON", "weights are mapped, not loaded"),
+	ACCEPTED("model-loader-extra-config", "JSON", "weights are mapped, or loaded by all threads"),
 
 	REFUSED("quantization", "NAME",
 	        "weights are used as the checkpoint has them; its config says how"),
@@ -166,7 +169,7 @@ static const km_option table[] = {
 	REFUSED("attention-backend", "NAME", "kernels are chosen by shape; see --explain"),
 	REFUSED("deepep-mode", "NAME", "expert parallelism is not built"),
 	REFUSED("enable-eplb", NULL, "expert parallelism is not built"),
-	REFUSED("cuda-graph-max-bs", "N", "there are no CUDA graphs"),
+	REFUSED("cuda-graph-max-bs", "N", "graphs are captured for the steps that come"),
 	REFUSED("speculative-algorithm", "NAME", "speculative decoding is not built"),
 	REFUSED("speculative-num-steps", "N", "speculative decoding is not built"),
 	REFUSED("speculative-eagle-topk", "N", "speculative decoding is not built"),
@@ -278,6 +281,30 @@ static void engine_options(const struct options *o, km_engine_options *e)
 	e->deterministic = o->deterministic;
 	e->threads = (int)o->threads;
 	e->isa = o->isa;
+	e->disable_graphs = o->no_graphs;
+	e->quiet = o->quiet;
+}
+
+/* auto takes a GPU that can do it, and says so when there is one that cannot or none. */
+static int choose_device(const struct options *o, km_engine_options *e, km_err *err)
+{
+	km_cuda_info info;
+	km_err why;
+
+	if (!strcmp(o->device, "cpu"))
+		return 0;
+	if (km_cuda_count(&why) > 0 && km_cuda_describe(0, &info, &why) >= 0) {
+		if (info.capability >= 80) {
+			e->backend = KM_BACKEND_CUDA;
+			return 0;
+		}
+		km_fail(&why, KM_EUNSUPPORTED, "%s has compute capability %d.%d, 8.0 is needed", info.name,
+		        info.capability / 10, info.capability % 10);
+	}
+	if (!strcmp(o->device, "cuda"))
+		return km_fail(err, why.code, "--device cuda: %s", why.msg);
+	km_log(KM_LOG_INFO, "computing on the CPU: %s", why.msg);
+	return 0;
 }
 
 static int print_plan(const km_engine_options *options)
@@ -413,6 +440,7 @@ int main(int argc, char **argv)
 		.host = "127.0.0.1",
 		.port = 30000,
 		.kv_dtype = "auto",
+		.device = "auto",
 		.template = "auto",
 		.tool_parser = "auto",
 		.reasoning_parser = "auto",
@@ -448,5 +476,7 @@ int main(int argc, char **argv)
 	catch_signals();
 	km_log_set_level(log_level(o.log_level));
 	engine_options(&o, &engine);
+	if (choose_device(&o, &engine, &err) < 0)
+		return complain(&err);
 	return o.plan ? print_plan(&engine) : run(&o, &engine);
 }

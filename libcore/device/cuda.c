@@ -57,6 +57,15 @@ int km_cuda_describe(int device, km_cuda_info *info, km_err *err)
 	return 0;
 }
 
+int km_cuda_free_bytes(int device, size_t *bytes, km_err *err)
+{
+	size_t total;
+
+	KM_CUDA_TRY(cudaSetDevice(device), err);
+	KM_CUDA_TRY(cudaMemGetInfo(bytes, &total), err);
+	return 0;
+}
+
 static int open_parts(km_cuda *c, km_err *err)
 {
 	KM_CUDA_TRY(cudaSetDevice(c->device), err);
@@ -166,6 +175,35 @@ int km_cuda_wait(km_cuda *c, km_err *err)
 {
 	KM_CUDA_TRY(cudaStreamSynchronize(c->stream), err);
 	KM_CUDA_TRY(cudaGetLastError(), err);
+	return 0;
+}
+
+int km_cuda_pin(km_cuda *c, void **host, size_t bytes, km_err *err)
+{
+	(void)c;
+	*host = NULL;
+	if (cudaMallocHost(host, bytes ? bytes : 1) == cudaSuccess)
+		return 0;
+	cudaGetLastError();
+	return km_fail(err, KM_ENOMEM, "%zu bytes of host memory could not be pinned", bytes);
+}
+
+void km_cuda_unpin(km_cuda *c, void *host)
+{
+	(void)c;
+	if (host)
+		cudaFreeHost(host);
+}
+
+int km_cuda_send(km_cuda *c, void *to, const void *from, size_t bytes, km_err *err)
+{
+	KM_CUDA_TRY(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, c->stream), err);
+	return 0;
+}
+
+int km_cuda_fetch(km_cuda *c, void *to, const void *from, size_t bytes, km_err *err)
+{
+	KM_CUDA_TRY(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, c->stream), err);
 	return 0;
 }
 

@@ -1,13 +1,14 @@
 /*
  * One GPU: discovery, a stream, a planned arena, transfers, graphs, timing.
  *
- * km_cuda_open takes all of the device memory that will be used, once; pieces are handed out from it
- * and never returned but by rewinding to a mark. Work is enqueued on the one stream and awaited only by
- * km_cuda_wait, the downloads and the timers. Between capture_begin and capture_end enqueued work is
- * recorded instead of run; nothing may be awaited then. A CUDA error is KM_EDEVICE and sticky: close.
- * One thread at a time.
+ * km_cuda_open takes all of the device memory that will be used, once; pieces are handed out from
+ * it and never returned but by rewinding to a mark. Work is enqueued on the one stream and awaited
+ * only by km_cuda_wait, the downloads and the timers. Between capture_begin and capture_end
+ * enqueued work is recorded instead of run; nothing may be awaited then. A CUDA error is KM_EDEVICE
+ * and sticky: close. One thread at a time.
  *
- * A build without CUDA, and one with it on a machine that has no GPU, have km_cuda_count say 0 and why.
+ * A build without CUDA, and one with it on a machine that has no GPU, have km_cuda_count say 0 and
+ * why.
  */
 #ifndef KM_DEVICE_CUDA_H
 #define KM_DEVICE_CUDA_H
@@ -34,6 +35,8 @@ typedef struct km_cuda_info {
 #if KM_CUDA
 int km_cuda_count(km_err *err);
 int km_cuda_describe(int device, km_cuda_info *info, km_err *err);
+/* Device memory that could be taken now. */
+int km_cuda_free_bytes(int device, size_t *bytes, km_err *err);
 #else
 static inline int km_cuda_count(km_err *err)
 {
@@ -46,13 +49,20 @@ static inline int km_cuda_describe(int device, km_cuda_info *info, km_err *err)
 	(void)device, (void)info;
 	return km_fail(err, KM_EUNSUPPORTED, "this build has no CUDA");
 }
+
+static inline int km_cuda_free_bytes(int device, size_t *bytes, km_err *err)
+{
+	(void)device, (void)bytes;
+	return km_fail(err, KM_EUNSUPPORTED, "this build has no CUDA");
+}
 #endif
 
 int km_cuda_open(km_cuda **cuda, int device, size_t arena_bytes, km_err *err);
 void km_cuda_close(km_cuda *cuda);
 const km_cuda_info *km_cuda_info_of(const km_cuda *cuda);
 
-/* A 256-byte aligned piece of the arena, not cleared; KM_ENOMEM names `what` when it does not fit. */
+/* A 256-byte aligned piece of the arena, not cleared; KM_ENOMEM names `what` when it does not fit.
+ * */
 int km_cuda_take(km_cuda *cuda, void **piece, size_t bytes, const char *what, km_err *err);
 size_t km_cuda_mark(const km_cuda *cuda);
 void km_cuda_rewind(km_cuda *cuda, size_t mark);
@@ -62,6 +72,13 @@ int km_cuda_download(km_cuda *cuda, void *to, const void *from, size_t bytes, km
 int km_cuda_copy(km_cuda *cuda, void *to, const void *from, size_t bytes, km_err *err);
 int km_cuda_fill(km_cuda *cuda, void *to, unsigned char value, size_t bytes, km_err *err);
 int km_cuda_wait(km_cuda *cuda, km_err *err);
+
+/* Host memory that the GPU reads and writes itself, and transfers that are only enqueued; the
+ * host's side is such memory, left alone until km_cuda_wait. */
+int km_cuda_pin(km_cuda *cuda, void **host, size_t bytes, km_err *err);
+void km_cuda_unpin(km_cuda *cuda, void *host);
+int km_cuda_send(km_cuda *cuda, void *to, const void *from, size_t bytes, km_err *err);
+int km_cuda_fetch(km_cuda *cuda, void *to, const void *from, size_t bytes, km_err *err);
 
 int km_cuda_capture_begin(km_cuda *cuda, km_err *err);
 int km_cuda_capture_end(km_cuda *cuda, km_cuda_graph **graph, km_err *err);

@@ -7,10 +7,10 @@
 #include "base/mem.h"
 #include "device/cuda_state.h"
 
-enum { WORKSPACE_BYTES = 32 << 20, MAX_SHAPES = 64 };
+enum { WORKSPACE_BYTES = KM_CUDA_BLAS_BYTES };
 
 typedef struct blas_shape {
-	int tokens, rows, cols;
+	km_cuda_matmul key; /* without pointers */
 	cublasLtMatmulDesc_t op;
 	cublasLtMatrixLayout_t w, x, y;
 	cublasLtMatmulAlgo_t algo;
@@ -29,7 +29,7 @@ typedef struct km_cuda_blas {
 	void *library, *workspace;
 	cublasLtHandle_t handle;
 	int shapes;
-	blas_shape shape[MAX_SHAPES];
+	blas_shape shape[KM_CUDA_BLAS_SHAPES];
 #define BLAS_MEMBER(name) __typeof__(&name) name;
 	BLAS_FUNCTIONS(BLAS_MEMBER)
 } km_cuda_blas;
@@ -52,22 +52,30 @@ static int load_functions(km_cuda_blas *b, km_err *err)
 	return 0;
 }
 
+static int open_parts(km_cuda *cuda, km_cuda_blas *b, km_err *err)
+{
+	cublasStatus_t rc;
+
+	KM_TRY(load_functions(b, err));
+	rc = b->cublasLtCreate(&b->handle);
+	if (rc != CUBLAS_STATUS_SUCCESS)
+		return blas_fail(b, err, rc, "cublasLtCreate");
+	return km_cuda_take(cuda, &b->workspace, WORKSPACE_BYTES, "cuBLASLt's workspace", err);
+}
+
 int km_cuda_blas_open(km_cuda *cuda, km_err *err)
 {
 	km_cuda_blas *b;
-	cublasStatus_t rc;
+	int rc;
 
 	if (cuda->blas)
 		return 0;
 	b = km_xcalloc(1, sizeof(*b));
 	cuda->blas = b;
-	if (load_functions(b, err) < 0 ||
-	    km_cuda_take(cuda, &b->workspace, WORKSPACE_BYTES, "cuBLASLt's workspace", err) < 0) {
+	rc = open_parts(cuda, b, err);
+	if (rc < 0)
 		km_cuda_blas_close(cuda);
-		return KM_ENOTFOUND;
-	}
-	rc = b->cublasLtCreate(&b->handle);
-	return rc == CUBLAS_STATUS_SUCCESS ? 0 : blas_fail(b, err, rc, "cublasLtCreate");
+	return rc;
 }
 
 void km_cuda_blas_close(km_cuda *cuda)
@@ -100,19 +108,21 @@ void km_cuda_blas_close(km_cuda *cuda)
 /* Column-major as the library has it: y^T [rows, tokens] = w^T^T x^T. */
 static int describe(km_cuda_blas *b, blas_shape *s, km_err *err)
 {
+	const km_cuda_matmul *k = &s->key;
 	cublasOperation_t transposed = CUBLAS_OP_T;
 	size_t workspace = WORKSPACE_BYTES;
 	cublasLtMatmulPreference_t preference;
 	cublasLtMatmulHeuristicResult_t best;
-	uint64_t rows = (uint64_t)s->rows, cols = (uint64_t)s->cols, tokens = (uint64_t)s->tokens;
+	uint64_t rows = (uint64_t)k->rows, cols = (uint64_t)k->cols, tokens = (uint64_t)k->tokens;
 	int found = 0;
 
 	BLAS_TRY(cublasLtMatmulDescCreate(&s->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
 	BLAS_TRY(cublasLtMatmulDescSetAttribute(s->op, CUBLASLT_MATMUL_DESC_TRANSA, &transposed,
 	                                        sizeof(transposed)));
 	BLAS_TRY(cublasLtMatrixLayoutCreate(&s->w, CUDA_R_16BF, cols, rows, (int64_t)cols));
-	BLAS_TRY(cublasLtMatrixLayoutCreate(&s->x, CUDA_R_16BF, cols, tokens, (int64_t)cols));
-	BLAS_TRY(cublasLtMatrixLayoutCreate(&s->y, CUDA_R_32F, rows, tokens, (int64_t)rows));
+	BLAS_TRY(cublasLtMatrixLayoutCreate(&s->x, CUDA_R_16BF, cols, tokens, k->x_stride));
+	BLAS_TRY(cublasLtMatrixLayoutCreate(&s->y, k->y_bf16 ? CUDA_R_16BF : CUDA_R_32F, rows, tokens,
+	                                    k->y_stride));
 	BLAS_TRY(cublasLtMatmulPreferenceCreate(&preference));
 	b->cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
 	                                        &workspace, sizeof(workspace));
@@ -120,38 +130,53 @@ static int describe(km_cuda_blas *b, blas_shape *s, km_err *err)
 	                                  &best, &found);
 	b->cublasLtMatmulPreferenceDestroy(preference);
 	if (!found)
-		return km_fail(err, KM_EUNSUPPORTED, "cuBLASLt has no algorithm for %d x %d x %d", s->tokens,
-		               s->rows, s->cols);
+		return km_fail(err, KM_EUNSUPPORTED, "cuBLASLt has no algorithm for %d x %d x %d", k->tokens,
+		               k->rows, k->cols);
 	s->algo = best.algo;
 	return 0;
 }
 
-static int find_shape(km_cuda_blas *b, blas_shape **shape, int tokens, int rows, int cols, km_err *err)
+static bool same_shape(const km_cuda_matmul *a, const km_cuda_matmul *b)
+{
+	return a->tokens == b->tokens && a->rows == b->rows && a->cols == b->cols &&
+	       a->x_stride == b->x_stride && a->y_stride == b->y_stride && a->y_bf16 == b->y_bf16 &&
+	       a->accumulate == b->accumulate;
+}
+
+static int find_shape(km_cuda_blas *b, blas_shape **shape, const km_cuda_matmul *args, km_err *err)
 {
 	for (int i = 0; i < b->shapes; i++) {
 		*shape = &b->shape[i];
-		if ((*shape)->tokens == tokens && (*shape)->rows == rows && (*shape)->cols == cols)
+		if (same_shape(&(*shape)->key, args))
 			return 0;
 	}
-	if (b->shapes == MAX_SHAPES)
-		return km_fail(err, KM_ELIMIT, "cuBLASLt: more than %d shapes", MAX_SHAPES);
+	if (b->shapes == KM_CUDA_BLAS_SHAPES)
+		return km_fail(err, KM_ELIMIT, "cuBLASLt: more than %d shapes", KM_CUDA_BLAS_SHAPES);
 	*shape = &b->shape[b->shapes];
-	**shape = (blas_shape){ .tokens = tokens, .rows = rows, .cols = cols };
+	**shape = (blas_shape){ .key = *args };
 	KM_TRY(describe(b, *shape, err));
 	b->shapes++;
+	return 0;
+}
+
+int km_cuda_blas_matmul(km_cuda *cuda, const km_cuda_matmul *a, km_err *err)
+{
+	km_cuda_blas *b = cuda->blas;
+	const float one = 1.0f, beta = a->accumulate ? 1.0f : 0.0f;
+	blas_shape *s = NULL;
+
+	KM_ASSERT(b);
+	KM_TRY(find_shape(b, &s, a, err));
+	BLAS_TRY(cublasLtMatmul(b->handle, s->op, &one, a->w, s->w, a->x, s->x, &beta, a->y, s->y, a->y,
+	                        s->y, &s->algo, b->workspace, WORKSPACE_BYTES, cuda->stream));
 	return 0;
 }
 
 int km_cuda_blas_linear(km_cuda *cuda, const void *x, const void *w, float *y, int tokens, int rows,
                         int cols, km_err *err)
 {
-	km_cuda_blas *b = cuda->blas;
-	const float one = 1.0f, zero = 0.0f;
-	blas_shape *s = NULL;
+	km_cuda_matmul args = { .x = x, .w = w, .y = y, .tokens = tokens, .rows = rows, .cols = cols,
+		                .x_stride = cols, .y_stride = rows };
 
-	KM_ASSERT(b);
-	KM_TRY(find_shape(b, &s, tokens, rows, cols, err));
-	BLAS_TRY(cublasLtMatmul(b->handle, s->op, &one, w, s->w, x, s->x, &zero, y, s->y, y, s->y,
-	                        &s->algo, b->workspace, WORKSPACE_BYTES, cuda->stream));
-	return 0;
+	return km_cuda_blas_matmul(cuda, &args, err);
 }

@@ -92,6 +92,10 @@ typedef struct km_engine_options {
 	bool disable_prefix_cache, deterministic;
 	int threads;
 	const char *isa;
+	enum km_backend_kind backend;
+	int gpu;                   /* of KM_BACKEND_CUDA */
+	bool disable_graphs;       /* on a GPU */
+	bool quiet;                /* no progress on stderr */
 } km_engine_options;
 
 typedef struct km_engine_stats {

@@ -55,6 +55,10 @@ static int check_options(const km_engine_options *o, km_err *err)
 	if (o->chunked_prefill_size < 1 || o->chunked_prefill_size > 1 << 20)
 		return km_fail(err, KM_EINVAL, "chunked prefill size %d, expected 1 to %d",
 		               o->chunked_prefill_size, 1 << 20);
+	if (o->deterministic && o->backend == KM_BACKEND_CUDA)
+		return km_fail(err, KM_EUNSUPPORTED,
+		               "deterministic serving is built for the CPU only: on a GPU the number of rows "
+		               "in a step chooses kernels that round differently");
 	if (o->context_length < 0 || o->max_total_tokens < 0)
 		return km_fail(err, KM_EINVAL,
 		               "context length %d and max total tokens %" PRId64
@@ -97,12 +101,18 @@ static void decide_shape(const km_engine_options *o, const km_config *config, de
 		.kv_dtype = o->kv_dtype,
 		.threads = o->threads,
 		.isa = o->isa,
+		.backend = o->backend,
+		.gpu = o->gpu,
+		.page_size = o->page_size,
+		.disable_graphs = o->disable_graphs,
+		.quiet = o->quiet,
 	};
 }
 
 static int64_t fixed_bytes(const km_model_plan *plan)
 {
-	return plan->weight_bytes + plan->scratch_bytes + plan->logits_bytes + plan->rope_bytes;
+	return plan->weight_bytes + plan->scratch_bytes + plan->logits_bytes + plan->rope_bytes +
+	       plan->fixed_bytes;
 }
 
 static int slots_from_memory(const km_engine_options *o, const decided *d, int64_t *slots,
@@ -199,10 +209,13 @@ static void describe(const decided *d, km_buf *out)
 	km_buf_printf(out, "logits             %10.1f MiB: %d rows\n",
 	              (double)p->logits_bytes / mib, d->model.max_logit_rows);
 	km_buf_printf(out, "rotary table       %10.1f MiB\n", (double)p->rope_bytes / mib);
+	if (p->fixed_bytes)
+		km_buf_printf(out, "matrix library     %10.1f MiB\n", (double)p->fixed_bytes / mib);
 	km_buf_printf(out, "total              %10.1f MiB",
 	              (double)(fixed_bytes(p) + p->kv_bytes) / mib);
 	if (p->available_bytes >= 0)
-		km_buf_printf(out, " of %.1f MiB available", (double)p->available_bytes / mib);
+		km_buf_printf(out, " of %.1f MiB available%s", (double)p->available_bytes / mib,
+		              d->model.backend == KM_BACKEND_CUDA ? " on the GPU" : "");
 	km_buf_printf(out, "\ncontext length     %10d tokens\n", s->context_length);
 }
 

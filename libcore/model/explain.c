@@ -2,7 +2,7 @@
  * A model's choices in words. A weight is named once for each run of layers where it has the same type
  * and shape, so that a checkpoint that mixes quantisations shows it.
  */
-#include "model/model_state.h"
+#include "model/gpu.h"
 #include "model/rope.h"
 
 #include <inttypes.h>
@@ -43,8 +43,11 @@ static void explain_head(const km_model *m, km_buf *out)
 	km_buf_printf(out, "model: %s (%s), %d layers, hidden size %d, vocabulary %d\n",
 	              km_model_kind_name(c->kind), c->architecture, c->num_hidden_layers, c->hidden_size,
 	              c->vocab_size);
-	km_buf_printf(out, "backend: CPU, %s forms, %d threads; activations are f32\n", m->ops->name,
-	              m->options.threads);
+	if (m->gpu)
+		km_buf_puts(out, "backend: GPU\n");
+	else
+		km_buf_printf(out, "backend: CPU, %s forms, %d threads; activations are f32\n", m->ops->name,
+		              m->options.threads);
 	weight_words(&m->weights.embed, words, sizeof(words));
 	km_buf_printf(out, "embedding: %s\n", words);
 	weight_words(&m->weights.head, words, sizeof(words));
@@ -144,8 +147,10 @@ static void explain_weight(const km_model *m, const struct named_weight *named, 
 		if (!w || !w->data)
 			continue;
 		weight_words(w, words, sizeof(words));
-		km_buf_printf(out, "layers %d-%d %s: %s, %s form\n", from, to - 1, named->name, words,
-		              m->ops->name);
+		km_buf_printf(out, "layers %d-%d %s: %s", from, to - 1, named->name, words);
+		if (!m->gpu)
+			km_buf_printf(out, ", %s form", m->ops->name);
+		km_buf_puts(out, "\n");
 	}
 }
 
@@ -156,4 +161,8 @@ void km_model_explain(const km_model *model, km_buf *out)
 	explain_moe(model, out);
 	for (size_t i = 0; i < sizeof(named_weights) / sizeof(*named_weights); i++)
 		explain_weight(model, &named_weights[i], out);
+#if KM_CUDA
+	if (model->gpu)
+		km_gpu_explain(model, out);
+#endif
 }

@@ -1,13 +1,14 @@
 /*
  * One step: embedding, layers, head, for either backend (model/forward.h has what a backend does).
  *
- * The stream of hidden states is updated in one place only, the norm that opens the next block: it adds
- * the last block's output ("delta") to the stream and normalises the sum in one pass. Everything else
- * writes buffers of its own. Routed and shared experts meet in delta: the shared ones are written
- * there, the routed sum (times routed_scaling_factor, in f32) is added.
+ * The stream of hidden states is updated in one place only, the norm that opens the next block: it
+ * adds the last block's output ("delta") to the stream and normalises the sum in one pass.
+ * Everything else writes buffers of its own. Routed and shared experts meet in delta: the shared
+ * ones are written there, the routed sum (times routed_scaling_factor, in f32) is added.
  *
- * Of the last layer most prompt rows matter only to the KV cache. Once that is written, the rows whose
- * logits are wanted (and the decoding ones) move together, and all that follows sees only them.
+ * Of the last layer most prompt rows matter only to the KV cache. Once that is written, the rows
+ * whose logits are wanted (and the decoding ones) move together, and all that follows sees only
+ * them.
  *
  * This file only orders steps and checks the batch: steps and ops check nothing.
  */
@@ -174,6 +175,6 @@ int km_model_forward(km_model *m, const km_batch *batch, const float **logits, k
 	choose_kept(&m->kept, batch);
 	rc = m->steps->begin(m, batch, err);
 	if (rc >= 0)
-		rc = run_steps(m, batch, err);
+		rc = m->steps->replay(m, batch, run_steps, err);
 	return m->steps->end(m, batch, rc, logits, err);
 }

@@ -1,8 +1,8 @@
 /*
- * What a backend does of a step: model/forward.c says in which order. forward_cpu.c makes these of the
- * ops of device/op.h, one after the other; forward_cuda.c of launches that take several ops in, because
- * there a launch costs what reading 6 MB of weights costs. So this is where the two part: the blocks of the
- * model are one description, what a block is made of is the backend's.
+ * What a backend does of a step: model/forward.c says in which order. forward_cpu.c makes these of
+ * the ops of device/op.h, one after the other; forward_cuda.c of launches that take several ops in,
+ * because there a launch costs what reading 6 MB of weights costs. So this is where the two part:
+ * the blocks of the model are one description, what a block is made of is the backend's.
  *
  * Private to model/. Each returns a negative code when the device failed; nothing else can fail.
  */
@@ -11,9 +11,15 @@
 
 #include "model/model_state.h"
 
+typedef int km_run_steps(km_model *m, const km_batch *batch, km_err *err);
+
 typedef struct km_steps {
-	/* The batch, and the rows that the last layer keeps of it (m->kept), are there to be used. */
+	/* The batch, and the rows that the last layer keeps of it (m->kept), are there to be used.
+	 * */
 	int (*begin)(km_model *m, const km_batch *batch, km_err *err);
+	/* Calls `run` with the batch, or does again what it enqueued for an earlier step of this
+	 * form. */
+	int (*replay)(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err);
 	int (*embed)(km_model *m, const km_batch *batch, km_err *err); /* the stream */
 	/* stream += delta, but for the first layer; norm; latent and rotated key into the cache. */
 	int (*project)(km_model *m, int layer, const km_batch *batch, km_err *err);

@@ -107,7 +107,7 @@ static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
 {
 	const km_layer_weights *w = &m->weights.layer[layer];
 	km_step_buffers *s = &m->step;
-	km_mla_args mla = km_mla_shape(&m->config, &m->options);
+	km_mla_args mla = km_model_mla_args(&m->config, &m->options);
 
 	(void)err;
 	queries(m, w, batch);
@@ -147,7 +147,7 @@ static void routed_experts(km_model *m, const km_layer_weights *w, int tokens)
 		c->scoring_softmax, c->norm_topk_prob, s->router, w->router_bias, s->expert_ids,
 		s->expert_weights,
 	};
-	km_moe_args moe = km_moe_shape(c);
+	km_moe_args moe = km_model_moe_args(c);
 
 	linear(m, tokens, s->normed, &w->router, s->router);
 	RUN(m, KM_OP_GATE, gate, &gate);
@@ -239,6 +239,11 @@ static int begin(km_model *m, const km_batch *batch, km_err *err)
 	return 0;
 }
 
+static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
+{
+	return run(m, batch, err);
+}
+
 static int embed(km_model *m, const km_batch *batch, km_err *err)
 {
 	km_embed_args args = { batch->tokens, batch->ids, &m->weights.embed, m->step.hidden };
@@ -257,6 +262,6 @@ static int end(km_model *m, const km_batch *batch, int rc, const float **logits,
 }
 
 const km_steps km_cpu_steps = {
-	.begin = begin, .embed = embed, .project = project, .keep = keep,
+	.begin = begin, .replay = replay, .embed = embed, .project = project, .keep = keep,
 	.attend = attend, .feed_forward = feed_forward, .head = head, .end = end,
 };

@@ -8,7 +8,7 @@
  * table are anonymous maps; step buffers and table are touched at open, the KV cache's pages come when
  * they are first written, so an idle server does not hold them.
  */
-#include "model/forward.h"
+#include "model/gpu.h"
 #include "model/rope.h"
 
 #include <omp.h>
@@ -39,7 +39,7 @@ static void unmap_block(void *block, size_t bytes)
 static int check_fit(const km_model_plan *plan, const char *dir, km_err *err)
 {
 	const double gib = 1024.0 * 1024 * 1024;
-	int64_t buffers = plan->scratch_bytes + plan->logits_bytes + plan->rope_bytes;
+	int64_t buffers = plan->scratch_bytes + plan->logits_bytes + plan->rope_bytes + plan->fixed_bytes;
 	int64_t total = plan->weight_bytes + plan->kv_bytes + buffers;
 
 	if (plan->available_bytes < 0 || total <= plan->available_bytes)
@@ -60,8 +60,6 @@ static int choose_ops(km_model *model, km_err *err)
 	if (!model->ops)
 		return km_fail(err, KM_EUNSUPPORTED,
 		               "this machine cannot run the '%s' kernels, or there are none of that name", isa);
-	if (!model->options.threads)
-		model->options.threads = omp_get_num_procs();
 	return 0;
 }
 
@@ -89,13 +87,21 @@ static int open_parts(km_model *model, const char *dir, km_err *err)
 	km_model_plan plan;
 
 	KM_TRY(km_config_load(&model->config, dir, err));
-	KM_TRY(choose_ops(model, err));
+	if (model->options.backend == KM_BACKEND_CPU)
+		KM_TRY(choose_ops(model, err));
+	if (!model->options.threads)
+		model->options.threads = omp_get_num_procs();
 	KM_TRY(km_model_plan_memory(&model->config, &model->options, &plan, err));
 	if (model->options.kv_slots < 1)
 		return km_fail(err, KM_EINVAL, "%s: a KV cache of no tokens makes no sense", dir);
 	KM_TRY(check_fit(&plan, dir, err));
-	KM_TRY(km_weights_open(&model->weights, &model->config, dir, err));
+	KM_TRY((model->options.backend == KM_BACKEND_CUDA ? km_weights_open_packed : km_weights_open)(
+		&model->weights, &model->config, dir, err));
 	km_kept_init(&model->kept, &model->options);
+#if KM_CUDA
+	if (model->options.backend == KM_BACKEND_CUDA)
+		return km_gpu_open(model, &plan, err);
+#endif
 	return map_memory(model, err);
 }
 
@@ -118,6 +124,9 @@ void km_model_close(km_model *model)
 {
 	if (!model)
 		return;
+#if KM_CUDA
+	km_gpu_close(model->gpu);
+#endif
 	unmap_block(model->cos_sin, model->cos_sin_bytes);
 	unmap_block(model->kv, model->kv_layer_bytes * (size_t)model->config.num_hidden_layers);
 	unmap_block(model->block, model->step.bytes);

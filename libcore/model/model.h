@@ -1,11 +1,13 @@
 /*
  * The forward pass: a checkpoint, planned memory, and one step at a time.
  *
- * km_model_plan_memory is instant and touches no checkpoint: bytes by class for a shape and options.
- * km_model_open refuses, in under a second and before any weight is read, what does not fit. Weights
- * stay in the files' memory map: they are page cache, and are read at first use. One thread drives a
- * model at a time; km_model_forward allocates nothing. A row's logits do not depend on what else is
- * in its batch, nor on how its prompt was cut into chunks.
+ * km_model_plan_memory is instant and touches no checkpoint: bytes by class for a shape and
+ * options. km_model_open refuses, in under a second and before any weight is read, what does not
+ * fit. Weights stay in the files' memory map: they are page cache, and are read at first use; with
+ * KM_BACKEND_CUDA they are copied to the GPU at open. One thread drives a model at a time;
+ * km_model_forward allocates nothing. On the CPU a row's logits do not depend on what else is in
+ * its batch, nor on how its prompt was cut into chunks; on a GPU the number of rows decides between
+ * kernels that round differently.
  */
 #ifndef KM_MODEL_MODEL_H
 #define KM_MODEL_MODEL_H
@@ -19,6 +21,8 @@
 #include "device/op.h"
 #include "model/config.h"
 
+enum km_backend_kind { KM_BACKEND_CPU, KM_BACKEND_CUDA };
+
 typedef struct km_model_options {
 	int max_batch_tokens;       /* rows of one step at most */
 	int max_seqs, max_logit_rows;
@@ -27,8 +31,14 @@ typedef struct km_model_options {
 	enum km_kv_dtype kv_dtype;
 	int threads;                /* 0: all */
 	const char *isa;            /* NULL: the best; see km_cpu_ops */
-	/* The norms of q_a and kv_a take rms_norm_eps, as the serving engines do. Transformers takes
-	 * its class default 1e-6 there whatever the config says; this does the same, for comparison. */
+	enum km_backend_kind backend;
+	int gpu;                    /* of KM_BACKEND_CUDA, counted from 0 */
+	int page_size;              /* the least that a batch's pages have; 0: 1 */
+	bool disable_graphs;        /* of KM_BACKEND_CUDA: launch every step kernel by kernel */
+	bool quiet;                 /* no progress on stderr */
+	/* The norms of q_a and kv_a take rms_norm_eps, as the serving engines do. Transformers
+	 * takes its class default 1e-6 there whatever the config says; this does the same, for
+	 * comparison. */
 	bool hf_lora_norm_eps;
 } km_model_options;
 
@@ -36,7 +46,8 @@ typedef struct km_model_plan {
 	int64_t weight_bytes; /* of the text model, on disk and mapped */
 	int64_t expert_bytes; /* of these, the routed experts' */
 	int64_t kv_bytes, kv_bytes_per_token, scratch_bytes, logits_bytes, rope_bytes;
-	int64_t available_bytes; /* host memory that could be taken now; -1: the system does not say */
+	int64_t fixed_bytes;     /* a GPU's, beside these: cuBLASLt's workspace, alignment */
+	int64_t available_bytes; /* the host's or the GPU's memory that could be taken now; -1: not known */
 } km_model_plan;
 
 /* Where a step's time goes: for each op its calls, time, and cost by km_op_cost. */
@@ -49,7 +60,8 @@ typedef struct km_model_trace {
 
 typedef struct km_model km_model;
 
-/* kv_slots may be 0 here: the plan then says what the rest takes. KM_EINVAL: options out of range. */
+/* kv_slots may be 0 here: the plan then says what the rest takes. KM_EINVAL: options out of range.
+ * */
 int km_model_plan_memory(const km_config *config, const km_model_options *options,
                          km_model_plan *plan, km_err *err);
 int km_model_open(km_model **model, const char *dir, const km_model_options *options, km_err *err);
@@ -57,8 +69,8 @@ void km_model_close(km_model *model);
 
 const km_config *km_model_config(const km_model *model);
 
-/* logits [batch->logit_rows, vocab_size]; borrowed until the next call. KM_EINVAL names what is wrong
- * with a batch; nothing was computed then. */
+/* logits [batch->logit_rows, vocab_size]; borrowed until the next call. KM_EINVAL names what is
+ * wrong with a batch; nothing was computed then. */
 int km_model_forward(km_model *model, const km_batch *batch, const float **logits, km_err *err);
 
 /* Adds each later step's ops to `trace` (kept; NULL: no more). */

@@ -86,13 +86,15 @@ static inline int km_config_heads_out_width(const km_config *config)
 	return config->num_attention_heads * config->v_head_dim;
 }
 
+int km_config_widest_mlp(const km_config *config); /* of dense layers and of shared experts */
+
 static inline size_t km_kv_dtype_bytes(enum km_kv_dtype dtype)
 {
 	return dtype == KM_KV_F32 ? 4 : dtype == KM_KV_BF16 ? 2 : 1;
 }
 
 /* The shapes alone, as the scratch sizes want them. */
-km_mla_args km_mla_shape(const km_config *config, const km_model_options *options);
-km_moe_args km_moe_shape(const km_config *config);
+km_mla_args km_model_mla_args(const km_config *config, const km_model_options *options);
+km_moe_args km_model_moe_args(const km_config *config);
 
 #endif

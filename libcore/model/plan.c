@@ -1,8 +1,9 @@
 /*
  * What a model takes, computed from its config and options alone: the layout of a step's buffers, and
  * bytes by class. The weights' bytes come from the inventory of tensors that the config calls for, in its
- * own quantisation, so that a plan needs no checkpoint.
+ * own quantisation, so that a plan needs no checkpoint. What a GPU takes instead is model/gpu.c's.
  */
+#include "model/gpu.h"
 #include "model/host_memory.h"
 #include "model/inventory.h"
 #include "model/model_state.h"
@@ -16,7 +17,7 @@ struct weight_walk {
 	km_model_plan *plan;
 };
 
-km_mla_args km_mla_shape(const km_config *config, const km_model_options *options)
+km_mla_args km_model_mla_args(const km_config *config, const km_model_options *options)
 {
 	return (km_mla_args){
 		.heads = config->num_attention_heads,
@@ -29,7 +30,7 @@ km_mla_args km_mla_shape(const km_config *config, const km_model_options *option
 	};
 }
 
-km_moe_args km_moe_shape(const km_config *config)
+km_moe_args km_model_moe_args(const km_config *config)
 {
 	return (km_moe_args){
 		.experts = config->n_routed_experts,
@@ -54,7 +55,7 @@ static int shared_width(const km_config *config)
 	return config->moe_intermediate_size * config->n_shared_experts;
 }
 
-static int widest_mlp(const km_config *config)
+int km_config_widest_mlp(const km_config *config)
 {
 	int moe = moe_layers(config), width = moe ? shared_width(config) : 0;
 
@@ -76,7 +77,7 @@ static uintptr_t place_attention(km_step_buffers *s, const km_config *c, const k
                                  uintptr_t at)
 {
 	int rows = o->max_batch_tokens;
-	km_mla_args mla = km_mla_shape(c, o);
+	km_mla_args mla = km_model_mla_args(c, o);
 
 	s->q_a = place(&at, rows, c->q_lora_rank);
 	s->q_a_normed = place(&at, rows, c->q_lora_rank);
@@ -91,8 +92,8 @@ static uintptr_t place_attention(km_step_buffers *s, const km_config *c, const k
 static uintptr_t place_mlp(km_step_buffers *s, const km_config *c, const km_model_options *o,
                            uintptr_t at)
 {
-	int rows = o->max_batch_tokens, width = widest_mlp(c);
-	km_moe_args moe = km_moe_shape(c);
+	int rows = o->max_batch_tokens, width = km_config_widest_mlp(c);
+	km_moe_args moe = km_model_moe_args(c);
 
 	s->gate = place(&at, rows, width);
 	s->up = place(&at, rows, width);
@@ -182,6 +183,18 @@ static int check_options(const km_config *config, const km_model_options *o, km_
 	return 0;
 }
 
+static int gpu_plan(const km_config *config, const km_model_options *options, km_model_plan *plan,
+                    km_err *err)
+{
+#if KM_CUDA
+	return km_gpu_plan(config, options, plan, err);
+#else
+	(void)config, (void)options, (void)plan;
+	km_cuda_count(err); /* says why there is none */
+	return KM_EUNSUPPORTED;
+#endif
+}
+
 int km_model_plan_memory(const km_config *config, const km_model_options *options,
                          km_model_plan *plan, km_err *err)
 {
@@ -201,5 +214,5 @@ int km_model_plan_memory(const km_config *config, const km_model_options *option
 	plan->scratch_bytes = (int64_t)(step.bytes - step.logits_bytes);
 	plan->rope_bytes = (int64_t)options->max_context * config->qk_rope_head_dim * 4;
 	plan->available_bytes = km_host_memory_available();
-	return 0;
+	return options->backend == KM_BACKEND_CUDA ? gpu_plan(config, options, plan, err) : 0;
 }

@@ -95,6 +95,27 @@ static enum km_weight_type plain_type(enum km_dtype dtype)
 	return dtype == KM_F32 ? KM_W_F32 : dtype == KM_F16 ? KM_W_F16 : KM_W_BF16;
 }
 
+static void set_type(km_weight *w, const km_module *m, const km_quant_config *quant, enum km_dtype dtype)
+{
+	switch (m->form) {
+	case KM_FORM_PLAIN:
+		w->type = plain_type(dtype);
+		return;
+	case KM_FORM_FP8:
+		w->type = KM_W_FP8;
+		w->block_rows = quant->block_rows;
+		w->block_cols = quant->block_cols;
+		return;
+	case KM_FORM_INT4:
+		w->type = KM_W_INT4;
+		w->group = quant->group_size ? quant->group_size : w->cols;
+		return;
+	case KM_FORM_REPACKED:
+	case KM_FORM_COUNT:
+		return;
+	}
+}
+
 static int check_scale(const struct loader *l, const km_tensor *t, km_err *err)
 {
 	km_odd_values odd;
@@ -115,6 +136,7 @@ static int load_matrix(struct loader *l, const km_module *m, const km_tensor *co
 	const km_quant_config *quant = &l->config->quant;
 
 	*w = (km_weight){ .rows = (int)m->shape[0], .cols = (int)m->shape[1] };
+	set_type(w, m, quant, t[0]->dtype);
 	w->data = aligned_data(l, t[0]);
 	if (t[1]) {
 		KM_TRY(check_scale(l, t[1], err));
@@ -124,23 +146,6 @@ static int load_matrix(struct loader *l, const km_module *m, const km_tensor *co
 	if (!w->data || (t[1] && !w->scale))
 		return km_fail(err, KM_ENOMEM, "tensor %s: no memory for an aligned copy",
 		               t[0]->name);
-	switch (m->form) {
-	case KM_FORM_PLAIN:
-		w->type = plain_type(t[0]->dtype);
-		return 0;
-	case KM_FORM_FP8:
-		w->type = KM_W_FP8;
-		w->block_rows = quant->block_rows;
-		w->block_cols = quant->block_cols;
-		return 0;
-	case KM_FORM_INT4:
-		w->type = KM_W_INT4;
-		w->group = quant->group_size ? quant->group_size : w->cols;
-		return 0;
-	case KM_FORM_REPACKED:
-	case KM_FORM_COUNT:
-		break;
-	}
 	return 0;
 }
 
@@ -366,6 +371,42 @@ int km_weights_open(km_weights *weights, const km_config *config, const char *di
 int km_weights_open_packed(km_weights *weights, const km_config *config, const char *dir, km_err *err)
 {
 	return open_weights(weights, config, dir, true, err);
+}
+
+/* ---- shapes alone ---- */
+
+static int shape_module(void *context, const km_module *m, km_err *err)
+{
+	struct loader *l = context;
+	km_layer_weights *layer = m->layer >= 0 ? &l->weights->layer[m->layer] : NULL;
+	km_weight *w = matrix_place(l->weights, layer, m);
+	km_wanted wanted[KM_MAX_MODULE_TENSORS];
+
+	(void)err;
+	if (!w)
+		return 0;
+	*w = (km_weight){ .rows = (int)m->shape[0], .cols = (int)m->shape[1] };
+	if (km_module_tensors(m, l->config, wanted) > 1)
+		w->scale_dtype = wanted[1].usual;
+	set_type(w, m, &l->config->quant, wanted[0].usual);
+	return 0;
+}
+
+int km_weights_shapes(km_weights *weights, const km_config *config, km_err *err)
+{
+	struct km_weights_files *files = km_xcalloc(1, sizeof(*files));
+	struct loader l = { .config = config, .weights = weights, .files = files };
+	int rc;
+
+	*weights = (km_weights){ .files = files };
+	km_arena_init(&files->arena, 1 << 20);
+	make_layers(&l);
+	rc = km_inventory_visit(config, shape_module, &l, err);
+	if (rc < 0)
+		km_weights_close(weights);
+	else if (config->tie_word_embeddings)
+		weights->head = weights->embed;
+	return rc;
 }
 
 void km_weights_close(km_weights *weights)

@@ -5,8 +5,8 @@
  *
  * Names with and without the `language_model.` wrapper are understood, the vision tower's are
  * counted and kept aside; where a tower's tensors are absent altogether, and where the folder has
- * files that the index does not name, a warning says so and the text model opens. Norms and biases are small, come as f32 copies, and are checked for NaN
- * here; so are the scales of a checkpoint up to 4 GB. The other numbers are not read (kimi-convert
+ * files that the index does not name, a warning says so and the text model opens. Norms and biases are
+ * small, come as f32 copies, and are checked for NaN here; so are the scales of a checkpoint up to 4 GB. The other numbers are not read (kimi-convert
  * --verify reads all). Any thread may read it after opening.
  */
 #ifndef KM_MODEL_WEIGHTS_H
@@ -51,6 +51,9 @@ int km_weights_open(km_weights *weights, const km_config *config, const char *di
  * _down: for a device that reads the layout. km_weights_open unpacks them into memory of their full size,
  * KM_ENOMEM where there is not enough. */
 int km_weights_open_packed(km_weights *weights, const km_config *config, const char *dir, km_err *err);
+/* Shapes and types of the matrices alone, as the config and its quantisation have them: no file is opened,
+ * `data`, `scale` and the vectors are NULL. */
+int km_weights_shapes(km_weights *weights, const km_config *config, km_err *err);
 void km_weights_close(km_weights *weights);
 
 #endif

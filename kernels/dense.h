@@ -1,0 +1,104 @@
+/*
+ * Launchers of what is between attention and experts: embedding, norm, dense linear layers, SiLU,
+ * moving rows.
+ *
+ * Pointers are device memory, borrowed until the stream has run the call; a km_weight comes by
+ * value, with `data` and `scale` on the device. Nothing is allocated, nothing is waited for, no
+ * launch geometry depends on device data: each call may be captured. A launcher given what it was
+ * not built for returns cudaErrorInvalidValue. `pdl` marks a launch that may begin before its
+ * predecessor in the stream has ended: the kernel waits for it before it touches anything but
+ * weights.
+ *
+ * Activations: the residual stream and what is added to it are f32; what a linear layer reads is
+ * bf16. Rows of bf16 that a linear layer reads begin at multiples of 16 bytes (x_stride % 8 == 0).
+ */
+#ifndef KK_DENSE_H
+#define KK_DENSE_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "device/weight.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* y[t] = table[ids[t]], any float type of table. */
+typedef struct kk_embed_args {
+	const int32_t *ids; /* [tokens] */
+	km_weight table;    /* [vocab, hidden] */
+	float *y;           /* [tokens, hidden] */
+	int tokens;
+	bool pdl;
+} kk_embed_args;
+
+cudaError_t kk_embed(const kk_embed_args *args, cudaStream_t stream);
+
+/* residual += delta (when given); y = residual / sqrt(mean(residual²) + eps) * weight. */
+typedef struct kk_norm_args {
+	float *residual;     /* [tokens, residual_stride], written only with delta */
+	const float *delta;  /* [tokens, size] or NULL */
+	const float *weight; /* [size] */
+	void *y;             /* bf16 [tokens, y_stride] */
+	int tokens, size, residual_stride, y_stride;
+	float eps;
+	bool pdl;
+} kk_norm_args;
+
+cudaError_t kk_norm(const kk_norm_args *args, cudaStream_t stream);
+
+/* y = silu(gate) * up */
+typedef struct kk_silu_mul_args {
+	const float *gate, *up; /* [tokens, size] */
+	void *y;                /* bf16 [tokens, size] */
+	int tokens, size;
+	bool pdl;
+} kk_silu_mul_args;
+
+cudaError_t kk_silu_mul(const kk_silu_mul_args *args, cudaStream_t stream);
+
+/* to[i] = from[rows[i]]; `bytes` a row, a multiple of 4. */
+typedef struct kk_gather_args {
+	const int32_t *rows; /* [count] */
+	const void *from;
+	void *to;
+	int count, bytes;
+	bool pdl;
+} kk_gather_args;
+
+cudaError_t kk_gather(const kk_gather_args *args, cudaStream_t stream);
+
+/*
+ * y_i = x W_iᵀ for one or two weights over the same x, in one launch. With `accumulate` the product
+ * is added to y (f32 only).
+ */
+typedef struct kk_linear_args {
+	const void *x;  /* bf16 [tokens, x_stride] */
+	km_weight w[2]; /* cols the same */
+	void *y[2];     /* f32 or bf16 [tokens, y_stride[i]], w[i].rows written */
+	int y_stride[2];
+	int weights; /* 1 or 2 */
+	int tokens, x_stride;
+	bool y_bf16, accumulate, pdl;
+} kk_linear_args;
+
+/* bf16 and fp8 weights on tensor cores; kk_linear_stream_fits says whether a weight fits it. A
+ * row's result does not depend on the other rows, nor on how many there are. */
+bool kk_linear_stream_fits(const km_weight *w);
+cudaError_t kk_linear_stream(const kk_linear_args *args, cudaStream_t stream);
+/* Any weight. The same promise. */
+cudaError_t kk_linear_general(const kk_linear_args *args, cudaStream_t stream);
+
+/* to[row, col] = bf16(w[row, col]) */
+cudaError_t kk_dequantize(const km_weight *w, void *to, cudaStream_t stream);
+
+/* y[t] = bf16(x[t]) */
+cudaError_t kk_round(const float *x, void *y, size_t count, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,643 @@
+/*
+ * The blocks of a step on a GPU (model/forward.h). What is one launch here and several ops on the
+ * CPU: q_a and kv_a over the same rows; gate and up; norm, rope and write of the KV; a norm and the
+ * sum before it.
+ *
+ * A step's arrays (ids, pages, the pieces of attention) are laid side by side in pinned memory and
+ * sent at once; then everything is enqueued, and the host waits once, for the logits.
+ *
+ * A step that only generates is padded to one of few numbers of rows and of cached tokens (the
+ * "form" of the step): rows of padding have no cached tokens, write no KV and select no expert. The
+ * first step of a form is launched kernel by kernel, the second is captured as it is launched,
+ * later ones replay the graph. Without graphs the steps are padded all the same, so the kernels and
+ * the numbers are the same.
+ *
+ * The last layer: rows that nobody wants the logits of have their KV written and are left there;
+ * the stream of the others moves to kept_stream, and q is computed for them alone. A step that
+ * keeps every row, such as one that only generates, moves nothing.
+ */
+#include "model/gpu.h"
+
+#if KM_CUDA
+
+#include <string.h>
+
+#include "model/router.h"
+
+/* ---- a step's arrays ---- */
+
+/* Copies to the staging memory; where that will be on the device. */
+static const void *pack(const km_gpu *g, size_t *at, const void *from, size_t bytes)
+{
+	const void *there = g->b.batch + *at;
+
+	if (from)
+		memcpy(g->staging + *at, from, bytes);
+	*at += (bytes + 255) / 256 * 256;
+	KM_ASSERT(*at <= g->b.batch_bytes);
+	return there;
+}
+
+static const int32_t *pack_ids(const km_gpu *g, size_t *at, const int32_t *from, int count)
+{
+	return pack(g, at, from, (size_t)count * sizeof(int32_t));
+}
+
+static int cut_prefill(const km_gpu *g, km_gpu_batch *b, const km_batch *batch, size_t *at,
+                       km_err *err)
+{
+	const km_mla_wave *last;
+	km_mla_prefill_plan *p = &b->prefill;
+
+	p->waves = 0;
+	if (batch->decode_seqs == batch->seqs)
+		return 0;
+	KM_TRY(km_mla_plan_prefill(p, batch, g->b.room, err));
+	if (!p->waves)
+		return 0;
+	last = &p->wave[p->waves - 1];
+	b->runs = pack(g, at, p->runs, (size_t)(last->runs_from + last->runs) * sizeof(*p->runs));
+	b->tiles =
+		pack(g, at, p->tiles, (size_t)(last->tiles_from + last->tiles) * sizeof(*p->tiles));
+	return 0;
+}
+
+static int pack_all(km_gpu *g, const km_batch *batch, size_t *at, km_err *err)
+{
+	km_gpu_batch *b = &g->all;
+
+	b->tokens = batch->tokens;
+	b->decode_seqs = batch->decode_seqs;
+	b->pages_per_seq = batch->pages_per_seq;
+	b->page_size = batch->page_size;
+	b->ids = pack_ids(g, at, batch->ids, batch->tokens);
+	b->positions = pack_ids(g, at, batch->positions, batch->tokens);
+	b->slots = pack_ids(g, at, batch->slots, batch->tokens);
+	b->kv_len = pack_ids(g, at, batch->kv_len, batch->seqs);
+	b->pages = pack_ids(g, at, batch->pages, batch->seqs * batch->pages_per_seq);
+	return cut_prefill(g, b, batch, at, err);
+}
+
+/* Kept rows have their KV already: they write to no slot. */
+static int pack_kept(km_gpu *g, const km_kept *kept, size_t *at, km_err *err)
+{
+	km_gpu_batch *b = &g->kept;
+	km_mla_prefill_plan plan = b->prefill;
+	int rows = kept->batch.tokens;
+
+	*b = g->all;
+	b->prefill = plan;
+	b->tokens = rows;
+	b->positions = pack_ids(g, at, kept->positions, rows);
+	g->kept_from = pack_ids(g, at, kept->from, rows);
+	memset(g->staging + *at, 0xff, (size_t)rows * sizeof(int32_t));
+	g->no_slots = pack_ids(g, at, NULL, rows);
+	return cut_prefill(g, b, &kept->batch, at, err);
+}
+
+static void pack_logit_rows(km_gpu *g, const km_kept *kept, const km_batch *batch, size_t *at)
+{
+	int32_t *to = (int32_t *)(void *)(g->staging + *at);
+	bool moved = batch->logit_rows != kept->batch.tokens;
+
+	for (int i = 0; i < batch->logit_rows; i++) {
+		to[i] = kept->row[batch->logit_row[i]];
+		moved = moved || to[i] != i;
+	}
+	g->logit_from = moved ? pack_ids(g, at, NULL, batch->logit_rows) : NULL;
+}
+
+/* ---- steps that only generate ---- */
+
+enum { LEAST_LONGEST = 1024, MOST_GRAPH_ROWS = 256 };
+
+static int rounded_rows(int rows)
+{
+	return rows > 4 ? km_linear_rounded(rows) : rows > 2 ? 4 : rows;
+}
+
+static int rounded_length(const km_model *m, int longest)
+{
+	int length = LEAST_LONGEST;
+
+	while (length < longest)
+		length *= 2;
+	return length < m->options.max_context ? length : m->options.max_context;
+}
+
+static int longest_of(const km_batch *batch)
+{
+	int longest = 1;
+
+	for (int s = 0; s < batch->decode_seqs; s++)
+		longest = batch->kv_len[s] > longest ? batch->kv_len[s] : longest;
+	return longest;
+}
+
+/* Every row a sequence of its own, and its logits wanted in order. */
+static bool only_generates(const km_model *m, const km_batch *batch)
+{
+	if (batch->decode_seqs != batch->tokens || batch->logit_rows != batch->tokens ||
+	    rounded_rows(batch->tokens) > m->gpu->b.rows ||
+	    rounded_rows(batch->tokens) > m->gpu->b.logit_rows)
+		return false;
+	for (int i = 0; i < batch->logit_rows; i++)
+		if (batch->logit_row[i] != i)
+			return false;
+	return true;
+}
+
+/* `count` numbers, then `padding` up to `rows`. */
+static const int32_t *pack_padded(const km_gpu *g, size_t *at, const int32_t *from, int count,
+                                  int rows, int32_t padding)
+{
+	int32_t *to = (int32_t *)(void *)(g->staging + *at);
+
+	for (int i = 0; i < rows; i++)
+		to[i] = i < count ? from[i] : padding;
+	return pack_ids(g, at, NULL, rows);
+}
+
+static const int32_t *pack_pages(const km_gpu *g, size_t *at, const km_batch *batch, int rows,
+                                 int width)
+{
+	int32_t *to = (int32_t *)(void *)(g->staging + *at);
+	int some = batch->pages_per_seq < width ? batch->pages_per_seq : width;
+
+	memset(to, 0, (size_t)rows * (size_t)width * sizeof(*to));
+	for (int s = 0; s < batch->seqs; s++)
+		memcpy(to + (size_t)s * (size_t)width,
+		       batch->pages + (size_t)s * (size_t)batch->pages_per_seq,
+		       (size_t)some * sizeof(*to));
+	return pack_ids(g, at, NULL, rows * width);
+}
+
+static void pack_generating(km_model *m, const km_batch *batch, size_t *at)
+{
+	km_gpu *g = m->gpu;
+	km_gpu_batch *b = &g->all;
+	int rows = rounded_rows(batch->tokens), tokens = batch->tokens;
+	int32_t valid = tokens;
+
+	g->longest = rounded_length(m, longest_of(batch));
+	b->tokens = b->decode_seqs = rows;
+	b->page_size = batch->page_size;
+	b->pages_per_seq = (g->longest + batch->page_size - 1) / batch->page_size;
+	b->ids = pack_padded(g, at, batch->ids, tokens, rows, 0);
+	b->positions = pack_padded(g, at, batch->positions, tokens, rows, 0);
+	b->slots = pack_padded(g, at, batch->slots, tokens, rows, -1);
+	b->kv_len = pack_padded(g, at, batch->kv_len, tokens, rows, 0);
+	g->valid = pack_ids(g, at, &valid, 1);
+	b->pages = pack_pages(g, at, batch, rows, b->pages_per_seq);
+	b->prefill.waves = 0;
+	g->logit_from = NULL;
+	g->whole = true;
+	g->padded =
+		(km_batch){ .tokens = rows, .seqs = rows, .decode_seqs = rows, .logit_rows = rows };
+	m->kept.batch = g->padded;
+}
+
+static int begin(km_model *m, const km_batch *batch, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	size_t bytes = 0;
+
+	if (batch->pages_per_seq > g->b.pages)
+		return km_fail(err, KM_EINVAL, "page tables of %d pages a sequence, %d are planned",
+		               batch->pages_per_seq, g->b.pages);
+	g->stream = g->b.stream;
+	g->normed = g->b.normed;
+	g->generating = only_generates(m, batch);
+	if (g->generating) {
+		pack_generating(m, batch, &bytes);
+		return km_cuda_send(g->cuda, g->b.batch, g->staging, bytes, err);
+	}
+	g->valid = NULL;
+	g->longest = longest_of(batch);
+	g->whole = m->kept.batch.tokens == batch->tokens;
+	KM_TRY(pack_all(g, batch, &bytes, err));
+	if (!g->whole)
+		KM_TRY(pack_kept(g, &m->kept, &bytes, err));
+	pack_logit_rows(g, &m->kept, batch, &bytes);
+	return km_cuda_send(g->cuda, g->b.batch, g->staging, bytes, err);
+}
+
+/* The place of this form among those seen; NULL when there is no room for another. */
+static km_gpu_form *find_form(km_gpu *g)
+{
+	int rows = g->padded.tokens, page_size = g->all.page_size;
+
+	for (int i = 0; i < g->forms; i++)
+		if (g->form[i].rows == rows && g->form[i].longest == g->longest &&
+		    g->form[i].page_size == page_size)
+			return &g->form[i];
+	if (g->forms == KM_GPU_FORMS || rows > MOST_GRAPH_ROWS)
+		return NULL;
+	g->form[g->forms] =
+		(km_gpu_form){ .rows = rows, .longest = g->longest, .page_size = page_size };
+	return &g->form[g->forms++];
+}
+
+static int capture(km_model *m, km_gpu_form *form, km_run_steps *run, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	int rc;
+
+	KM_TRY(km_cuda_capture_begin(g->cuda, err));
+	rc = run(m, &g->padded, err);
+	if (rc < 0) {
+		km_cuda_graph *broken = NULL;
+
+		if (km_cuda_capture_end(g->cuda, &broken, NULL) >= 0)
+			km_cuda_graph_free(broken);
+		return rc;
+	}
+	return km_cuda_capture_end(g->cuda, &form->graph, err);
+}
+
+static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	km_gpu_form *form;
+
+	if (!g->generating)
+		return run(m, batch, err);
+	form = m->options.disable_graphs ? NULL : find_form(g);
+	if (!form || !form->seen++)
+		return run(m, &g->padded, err);
+	if (!form->graph)
+		KM_TRY(capture(m, form, run, err));
+	g->replays++;
+	return km_cuda_graph_launch(g->cuda, form->graph, err);
+}
+
+static int embed(km_model *m, const km_batch *batch, km_err *err)
+{
+	km_gpu *g = m->gpu;
+
+	(void)batch;
+	return km_cuda_ops_embed(g->cuda, g->all.ids, g->all.tokens, &g->weights.embed, g->stream,
+	                         err);
+}
+
+/* ---- parts of blocks ---- */
+
+static int linear(const km_gpu *g, km_cuda_linear args, km_err *err)
+{
+	args.weights = args.w[1] ? 2 : 1;
+	args.x_stride = args.x_stride ? args.x_stride : args.w[0]->cols;
+	args.scratch = g->b.dequantized;
+	return km_cuda_ops_linear(g->cuda, &g->linear, &args, err);
+}
+
+static int add_and_norm(const km_model *m, int tokens, bool add, const float *weight, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	int size = m->config.hidden_size;
+	km_cuda_norm args = { g->stream, add ? g->b.delta : NULL,
+		              weight,    g->normed,
+		              tokens,    size,
+		              size,      (float)m->config.rms_norm_eps };
+
+	return km_cuda_ops_norm(g->cuda, &args, err);
+}
+
+static float lora_eps(const km_model *m)
+{
+	return m->options.hf_lora_norm_eps ? 1e-6f : (float)m->config.rms_norm_eps;
+}
+
+/* q from q_a's product, or from normed where there is no q_lora. */
+static int queries(const km_model *m, const km_layer_weights *w, int tokens, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	int size = m->config.q_lora_rank;
+	km_cuda_norm args = { g->b.q_a, NULL, w->q_a_norm, g->b.q_a_normed,
+		              tokens,   size, size,        lora_eps(m) };
+
+	if (!size)
+		return linear(g,
+		              (km_cuda_linear){ .x = g->normed,
+		                                .w = { &w->q_proj },
+		                                .y = { g->b.q },
+		                                .tokens = tokens,
+		                                .y_bf16 = true },
+		              err);
+	KM_TRY(km_cuda_ops_norm(g->cuda, &args, err));
+	return linear(g,
+	              (km_cuda_linear){ .x = g->b.q_a_normed,
+	                                .w = { &w->q_b },
+	                                .y = { g->b.q },
+	                                .tokens = tokens,
+	                                .y_bf16 = true },
+	              err);
+}
+
+/* What q and keys are made of: with_q, q_a beside kv_a. */
+static int projections(const km_model *m, const km_layer_weights *w, int tokens, bool with_q,
+                       km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_cuda_linear args = {
+		.x = g->normed, .w = { &w->kv_a }, .y = { g->b.kv_a }, .tokens = tokens
+	};
+
+	if (with_q && m->config.q_lora_rank) {
+		args.w[1] = &w->q_a;
+		args.y[1] = g->b.q_a;
+	}
+	return linear(g, args, err);
+}
+
+static int rope_and_kv(const km_model *m, int layer, const km_gpu_batch *b, bool with_q,
+                       const int32_t *slots, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_cuda_rope_kv args = {
+		.tokens = b->tokens,
+		.q_from = with_q ? b->decode_seqs : b->tokens,
+		.shape = km_gpu_mla_shape(&m->config, &m->options),
+		.q = g->b.q,
+		.kv_a = g->b.kv_a,
+		.norm = g->weights.layer[layer].w.kv_a_norm,
+		.eps = lora_eps(m),
+		.cos_sin = g->cos_sin,
+		.positions = b->positions,
+		.slots = slots,
+		.cache = g->kv + (size_t)layer * g->kv_layer_bytes,
+	};
+
+	return km_cuda_ops_rope_kv(g->cuda, &args, err);
+}
+
+static km_mla_cache cache_of(const km_gpu *g, int layer, const km_gpu_batch *b)
+{
+	return (km_mla_cache){ g->kv + (size_t)layer * g->kv_layer_bytes, b->pages,
+		               b->pages_per_seq, b->page_size };
+}
+
+/* The plan for the step's longest sequence, with as many splits as the scratch has room for. */
+static km_mla_decode_plan decode_plan(const km_model *m, const km_mla_shape *shape, int seqs)
+{
+	const km_gpu *g = m->gpu;
+	km_mla_device device = { g->info.capability, g->info.multiprocessors };
+	size_t room = (size_t)((char *)g->b.gate - (char *)g->b.mla_scratch);
+	km_mla_decode_plan plan;
+	km_mla_decode_scratch at;
+
+	plan = km_mla_plan_decode(shape, seqs, g->longest, &device);
+	for (;; plan.splits--) {
+		km_mla_decode_layout(shape, &plan, seqs, &at);
+		if (at.bytes <= room || plan.splits == 1)
+			return plan;
+	}
+}
+
+static int attend_decoding(const km_model *m, int layer, const km_gpu_batch *b, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_mla_shape shape = km_gpu_mla_shape(&m->config, &m->options);
+	km_mla_decode_plan plan = decode_plan(m, &shape, b->decode_seqs);
+	km_mla_decode_buffers buffers = {
+		.cache = cache_of(g, layer, b),
+		.q = g->b.q,
+		.kv_b = g->weights.layer[layer].w.kv_b.data,
+		.cos_sin = g->cos_sin,
+		.positions = b->positions,
+		.kv_len = b->kv_len,
+		.scratch = g->b.mla_scratch,
+		.out = g->b.heads_out,
+		.scale = (float)km_config_softmax_scale(&m->config),
+	};
+
+	return km_cuda_mla_decode(g->cuda, &plan, &shape, b->decode_seqs, &buffers, err);
+}
+
+static int attend_prompts(const km_model *m, int layer, const km_gpu_batch *b, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	const km_weight *kv_b = &g->weights.layer[layer].w.kv_b;
+	km_mla_shape shape = km_gpu_mla_shape(&m->config, &m->options);
+	km_mla_prefill_buffers buffers = {
+		.cache = cache_of(g, layer, b),
+		.runs = b->runs,
+		.tiles = b->tiles,
+		.positions = b->positions,
+		.q = g->b.q,
+		.latents = g->b.latents,
+		.kv = g->b.kv,
+		.state = b->prefill.state ? g->b.mla_state : NULL,
+		.out = g->b.heads_out,
+		.scale = (float)km_config_softmax_scale(&m->config),
+	};
+
+	for (int i = 0; i < b->prefill.waves; i++) {
+		const km_mla_wave *wave = &b->prefill.wave[i];
+
+		KM_TRY(km_cuda_mla_gather(g->cuda, wave, &shape, &buffers, err));
+		KM_TRY(linear(g,
+		              (km_cuda_linear){ .x = g->b.latents,
+		                                .x_stride = km_config_kv_width(&m->config),
+		                                .w = { kv_b },
+		                                .y = { g->b.kv },
+		                                .tokens = wave->tokens,
+		                                .y_bf16 = true },
+		              err));
+		KM_TRY(km_cuda_mla_prefill(g->cuda, wave, &shape, &buffers, err));
+	}
+	return 0;
+}
+
+/* delta = down(silu(gate x) * up x) */
+static int mlp(const km_gpu *g, int tokens, const km_weight *gate, const km_weight *up,
+               const km_weight *down, km_err *err)
+{
+	KM_TRY(linear(g,
+	              (km_cuda_linear){ .x = g->normed,
+	                                .w = { gate, up },
+	                                .y = { g->b.gate, g->b.up },
+	                                .tokens = tokens },
+	              err));
+	KM_TRY(km_cuda_ops_silu_mul(g->cuda, g->b.gate, g->b.up, g->b.act, tokens, gate->rows,
+	                            err));
+	return linear(g,
+	              (km_cuda_linear){
+			      .x = g->b.act, .w = { down }, .y = { g->b.delta }, .tokens = tokens },
+	              err);
+}
+
+/* ids and weights of the selected experts. */
+static int route(const km_model *m, const km_gpu_layer *layer, int tokens, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_router_device device = { g->info.capability, g->info.multiprocessors, g->linear.blas,
+		                    g->pdl };
+	km_router_shape shape =
+		km_gpu_router_shape(&m->config, layer->w.router.type == KM_W_F32, tokens);
+	km_router_shape gemm = shape;
+	km_router_buffers buffers = {
+		.x = g->normed,
+		.w = layer->w.router.data,
+		.bias = layer->w.router_bias,
+		.valid = g->valid,
+		.logits = g->b.router,
+		.ids = g->b.expert_ids,
+		.weights = g->b.expert_weights,
+		.scratch = g->b.router_scratch,
+	};
+	km_router_plan plan;
+
+	KM_TRY(km_router_plan_make(&plan, &shape, &device, err));
+	if (plan.chain == KM_CHAIN_ONE_LAUNCH)
+		return km_cuda_router_run(g->cuda, KM_PART_ROUTER_GATE, &plan, &shape, &buffers,
+		                          err);
+	if (plan.gemm == KM_GEMM_BLAS)
+		gemm.tokens = km_linear_rounded(tokens);
+	KM_TRY(km_cuda_router_run(g->cuda, KM_PART_GEMM, &plan, &gemm, &buffers, err));
+	return km_cuda_router_run(g->cuda, KM_PART_GATE, &plan, &shape, &buffers, err);
+}
+
+/* The routed sum, added to delta or, without shared experts, all of it. */
+static int routed_experts(const km_model *m, const km_gpu_layer *layer, int tokens, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_moe_device device = { g->info.capability, g->info.multiprocessors };
+	km_moe_problem problem = km_gpu_moe_problem(&m->config, &layer->experts, tokens, g->pdl);
+	km_moe_buffers buffers = {
+		.x = g->normed,
+		.ids = g->b.expert_ids,
+		.weights = g->b.expert_weights,
+		.experts = layer->experts,
+		.routed_scale = (float)m->config.routed_scaling_factor,
+		.y = g->b.delta,
+		.accumulate = m->config.n_shared_experts > 0,
+		.scratch = g->b.moe_scratch,
+	};
+	km_moe_plan plan;
+
+	KM_TRY(route(m, layer, tokens, err));
+	KM_TRY(km_moe_plan_make(&plan, &problem, &device, NULL, err));
+	return km_cuda_moe_run(g->cuda, &plan, &problem, &buffers, err);
+}
+
+/* ---- blocks ---- */
+
+static bool is_last(const km_model *m, int layer)
+{
+	return layer == m->config.num_hidden_layers - 1;
+}
+
+static int project(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	const km_layer_weights *w = &g->weights.layer[layer].w;
+	bool with_q = !is_last(m, layer) || g->whole;
+
+	KM_TRY(add_and_norm(m, batch->tokens, layer > 0, w->input_norm, err));
+	KM_TRY(projections(m, w, batch->tokens, with_q, err));
+	if (with_q)
+		KM_TRY(queries(m, w, batch->tokens, err));
+	return rope_and_kv(m, layer, &g->all, with_q, g->all.slots, err);
+}
+
+static int keep(km_model *m, const km_batch *kept, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	int hidden = m->config.hidden_size, layer = m->config.num_hidden_layers - 1;
+	const km_layer_weights *w = &g->weights.layer[layer].w;
+
+	if (g->whole || !kept->tokens)
+		return 0;
+	KM_TRY(km_cuda_ops_gather(g->cuda, g->kept_from, kept->tokens, g->b.stream,
+	                          g->b.kept_stream, hidden * 4, err));
+	KM_TRY(km_cuda_ops_gather(g->cuda, g->kept_from, kept->tokens, g->b.normed,
+	                          g->b.kept_normed, hidden * 2, err));
+	g->stream = g->b.kept_stream;
+	g->normed = g->b.kept_normed;
+	KM_TRY(projections(m, w, kept->tokens, true, err));
+	KM_TRY(queries(m, w, kept->tokens, err));
+	return rope_and_kv(m, layer, &g->kept, true, g->no_slots, err);
+}
+
+static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	const km_gpu_batch *b = is_last(m, layer) && !g->whole ? &g->kept : &g->all;
+
+	if (batch->decode_seqs)
+		KM_TRY(attend_decoding(m, layer, b, err));
+	KM_TRY(attend_prompts(m, layer, b, err));
+	return linear(g,
+	              (km_cuda_linear){ .x = g->b.heads_out,
+	                                .w = { &g->weights.layer[layer].w.o },
+	                                .y = { g->b.delta },
+	                                .tokens = batch->tokens },
+	              err);
+}
+
+static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	const km_gpu_layer *l = &g->weights.layer[layer];
+	const km_layer_weights *w = &l->w;
+	int tokens = batch->tokens;
+
+	KM_TRY(add_and_norm(m, tokens, true, w->post_attention_norm, err));
+	if (!km_config_is_moe_layer(&m->config, layer))
+		return mlp(g, tokens, &w->gate, &w->up, &w->down, err);
+	if (m->config.n_shared_experts)
+		KM_TRY(mlp(g, tokens, &w->shared_gate, &w->shared_up, &w->shared_down, err));
+	return routed_experts(m, l, tokens, err);
+}
+
+static int head(km_model *m, const km_batch *batch, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	int rows = batch->logit_rows, hidden = m->config.hidden_size;
+	km_cuda_norm args = {
+		g->stream, g->b.delta, g->weights.norm, g->b.head_normed,
+		rows,      hidden,     hidden,          (float)m->config.rms_norm_eps
+	};
+
+	if (g->logit_from) {
+		KM_TRY(km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->stream, g->b.head_stream,
+		                          hidden * 4, err));
+		KM_TRY(km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->b.delta, g->b.head_delta,
+		                          hidden * 4, err));
+		args.residual = g->b.head_stream;
+		args.delta = g->b.head_delta;
+	}
+	KM_TRY(km_cuda_ops_norm(g->cuda, &args, err));
+	KM_TRY(linear(g,
+	              (km_cuda_linear){ .x = g->b.head_normed,
+	                                .w = { &g->weights.head },
+	                                .y = { g->b.logits },
+	                                .tokens = rows },
+	              err));
+	return km_cuda_fetch(g->cuda, g->logits, g->b.logits,
+	                     (size_t)rows * (size_t)m->config.vocab_size * 4, err);
+}
+
+/* The staging memory is the next step's from here on, whatever came of this one. */
+static int end(km_model *m, const km_batch *batch, int rc, const float **logits, km_err *err)
+{
+	int waited = km_cuda_wait(m->gpu->cuda, rc < 0 ? NULL : err);
+
+	(void)batch;
+	*logits = m->gpu->logits;
+	return rc < 0 ? rc : waited;
+}
+
+const km_steps km_gpu_steps = {
+	.begin = begin,
+	.replay = replay,
+	.embed = embed,
+	.project = project,
+	.keep = keep,
+	.attend = attend,
+	.feed_forward = feed_forward,
+	.head = head,
+	.end = end,
+};
+
+#endif

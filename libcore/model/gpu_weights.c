@@ -1,0 +1,375 @@
+/*
+ * Weights to the GPU. One walk over a model's matrices and vectors serves the plan and the loading:
+ * the plan only adds up what each would take, so the two cannot differ.
+ */
+#include "model/gpu.h"
+
+#if KM_CUDA
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/mem.h"
+#include "base/progress.h"
+#include "device/cuda_upload.h"
+#include "format/moe_layout.h"
+
+enum { ALIGN = 256, PACKING = 8 }; /* experts that are packed at a time */
+
+typedef struct placer {
+	const km_config *config;
+	km_cuda *cuda; /* NULL: only counts */
+	km_upload *upload;
+	km_progress *progress;
+	int threads;
+	int64_t bytes, expert_bytes;
+} placer;
+
+static size_t rounded(size_t bytes)
+{
+	return (bytes + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+static size_t data_bytes(const km_weight *w)
+{
+	size_t count = (size_t)w->rows * (size_t)w->cols;
+
+	switch (w->type) {
+	case KM_W_F32: return count * 4;
+	case KM_W_F16:
+	case KM_W_BF16: return count * 2;
+	case KM_W_FP8: return count;
+	case KM_W_INT4: return count / 2;
+	}
+	return 0;
+}
+
+static size_t scale_bytes(const km_weight *w)
+{
+	size_t rows = (size_t)w->rows, cols = (size_t)w->cols, each;
+
+	if (w->type != KM_W_FP8 && w->type != KM_W_INT4)
+		return 0;
+	each = km_dtype_bytes(w->scale_dtype);
+	if (w->type == KM_W_INT4)
+		return rows * (cols / (size_t)w->group) * each;
+	return (rows + (size_t)w->block_rows - 1) / (size_t)w->block_rows *
+	       ((cols + (size_t)w->block_cols - 1) / (size_t)w->block_cols) * each;
+}
+
+/* Room on the device; NULL where only counting. */
+static int take(placer *p, size_t bytes, void **piece, km_err *err)
+{
+	*piece = NULL;
+	p->bytes += (int64_t)rounded(bytes);
+	return p->cuda ? km_cuda_take(p->cuda, piece, bytes, "weights", err) : 0;
+}
+
+static int put(placer *p, void *to, const void *from, size_t bytes, km_err *err)
+{
+	if (!p->cuda || !bytes)
+		return 0;
+	KM_TRY(km_upload_put(p->upload, to, from, bytes, err));
+	km_progress_add(p->progress, (int64_t)bytes);
+	return 0;
+}
+
+static int place(placer *p, const void *from, size_t bytes, const void **to, km_err *err)
+{
+	void *piece;
+
+	KM_TRY(take(p, bytes, &piece, err));
+	*to = piece;
+	return put(p, piece, from, bytes, err);
+}
+
+static int place_weight(placer *p, const km_weight *from, km_weight *to, km_err *err)
+{
+	*to = *from;
+	if (!from->rows)
+		return 0;
+	KM_TRY(place(p, from->data, data_bytes(from), &to->data, err));
+	return scale_bytes(from) ? place(p, from->scale, scale_bytes(from), &to->scale, err) : 0;
+}
+
+/* As bf16, whatever it is: what the GPU cannot use as it is comes to the arena's free end for a
+ * moment. */
+static int place_bf16(placer *p, const km_weight *from, km_weight *to, km_err *err)
+{
+	km_weight raw;
+	void *piece;
+	size_t mark;
+
+	if (from->type == KM_W_BF16 || !from->rows)
+		return place_weight(p, from, to, err);
+	*to = (km_weight){ .type = KM_W_BF16, .rows = from->rows, .cols = from->cols };
+	KM_TRY(take(p, data_bytes(to), &piece, err));
+	to->data = piece;
+	if (!p->cuda)
+		return 0;
+	mark = km_cuda_mark(p->cuda);
+	KM_TRY(place_weight(p, from, &raw, err));
+	p->bytes -= (int64_t)(rounded(data_bytes(from)) + rounded(scale_bytes(from)));
+	KM_TRY(km_cuda_ops_dequantize(p->cuda, &raw, piece, err));
+	km_cuda_rewind(p->cuda,
+	               mark); /* the next bytes that come here do so on the same stream, later */
+	return 0;
+}
+
+static int place_vector(placer *p, const float *from, int size, const float **to, km_err *err)
+{
+	const void *piece;
+
+	KM_TRY(place(p, from, (size_t)size * sizeof(float), &piece, err));
+	*to = piece;
+	return 0;
+}
+
+/* ---- experts ---- */
+
+bool km_gpu_experts_are_packed(const km_config *c, const km_layer_weights *w)
+{
+	if (w->packed_gate_up && w->packed_gate_up[0])
+		return true;
+	return w->expert_gate[0].type == KM_W_INT4 && w->expert_gate[0].scale_dtype == KM_BF16 &&
+	       w->expert_down[0].group == w->expert_gate[0].group &&
+	       km_moe_layout_check(c->hidden_size, c->moe_intermediate_size,
+	                           w->expert_gate[0].group, NULL) == 0;
+}
+
+/* The scales of a matrix, each repeated for the narrower groups that `to` has. */
+static int put_scales(placer *p, void *there, const km_weight *from, const km_weight *to,
+                      km_err *err)
+{
+	size_t each = scale_bytes(from), size = km_dtype_bytes(from->scale_dtype),
+	       bytes = scale_bytes(to);
+	size_t repeats = each ? bytes / each : 1;
+	char *wide;
+	int rc;
+
+	if (repeats == 1)
+		return put(p, there, from->scale, each, err);
+	wide = km_xmalloc(bytes);
+	for (size_t i = 0; i < bytes / size; i++)
+		memcpy(wide + i * size, (const char *)from->scale + i / repeats * size, size);
+	rc = put(p, there, wide, bytes, err);
+	free(wide);
+	return rc;
+}
+
+/* One matrix of all experts, side by side, unchanged but for the width of int4 groups. */
+static int place_matrix(placer *p, const km_weight *from, int group, km_moe_matrix *to, km_err *err)
+{
+	int count = p->config->n_routed_experts;
+	km_weight there = from[0];
+	void *data, *scale;
+
+	there.group = group;
+	*to = (km_moe_matrix){ .data_stride = rounded(data_bytes(&there)),
+		               .scale_stride = rounded(scale_bytes(&there)) };
+	KM_TRY(take(p, (size_t)count * to->data_stride, &data, err));
+	KM_TRY(take(p, (size_t)count * to->scale_stride, &scale, err));
+	to->data = data;
+	to->scale = to->scale_stride ? scale : NULL;
+	for (int e = 0; p->cuda && e < count; e++) {
+		KM_TRY(put(p, (char *)data + (size_t)e * to->data_stride, from[e].data,
+		           data_bytes(from), err));
+		KM_TRY(put_scales(p, (char *)scale + (size_t)e * to->scale_stride, &from[e], &there,
+		                  err));
+	}
+	return 0;
+}
+
+static km_int4_matrix int4_of(const km_weight *w)
+{
+	return (km_int4_matrix){ (uint32_t *)(uintptr_t)w->data, (uint16_t *)(uintptr_t)w->scale };
+}
+
+/* Expert e's two packed matrices, one after the other. */
+static void pack_expert(const km_config *c, const km_layer_weights *w, int e, uint8_t *to)
+{
+	int group = w->expert_gate[e].group, hidden = c->hidden_size,
+	    width = c->moe_intermediate_size;
+	km_int4_matrix gate = int4_of(&w->expert_gate[e]), up = int4_of(&w->expert_up[e]);
+	km_int4_matrix down = int4_of(&w->expert_down[e]);
+
+	km_moe_pack_gate_up(hidden, width, group, &gate, &up, to);
+	km_moe_pack_down(hidden, width, group, &down,
+	                 to + km_moe_gate_up_bytes(hidden, width, group));
+}
+
+/* Where expert e's packed matrices are: in the checkpoint's map, or just packed. */
+static int put_packed(placer *p, const km_layer_weights *w, int e, const uint8_t *packed,
+                      const km_moe_weights *to, km_err *err)
+{
+	size_t first = km_moe_gate_up_bytes(p->config->hidden_size,
+	                                    p->config->moe_intermediate_size, to->group);
+	size_t second = km_moe_down_bytes(p->config->hidden_size, p->config->moe_intermediate_size,
+	                                  to->group);
+	bool mapped = w->packed_gate_up && w->packed_gate_up[e];
+	char *gate_up = (char *)(uintptr_t)to->gate_up.data + (size_t)e * to->gate_up.data_stride;
+	char *down = (char *)(uintptr_t)to->down.data + (size_t)e * to->down.data_stride;
+
+	KM_TRY(put(p, gate_up, mapped ? w->packed_gate_up[e] : packed, first, err));
+	return put(p, down, mapped ? w->packed_down[e] : packed + first, second, err);
+}
+
+static int place_packed(placer *p, const km_layer_weights *w, km_moe_weights *to, km_err *err)
+{
+	const km_config *c = p->config;
+	int count = c->n_routed_experts, rc = 0;
+	size_t first = km_moe_gate_up_bytes(c->hidden_size, c->moe_intermediate_size, to->group);
+	size_t second = km_moe_down_bytes(c->hidden_size, c->moe_intermediate_size, to->group);
+	void *gate_up, *down;
+	uint8_t *packed;
+
+	to->gate_up = (km_moe_matrix){ .data_stride = rounded(first) };
+	to->down = (km_moe_matrix){ .data_stride = rounded(second) };
+	KM_TRY(take(p, (size_t)count * rounded(first), &gate_up, err));
+	KM_TRY(take(p, (size_t)count * rounded(second), &down, err));
+	to->gate_up.data = gate_up;
+	to->down.data = down;
+	if (!p->cuda)
+		return 0;
+	packed = km_xmalloc(PACKING * (first + second));
+	for (int from = 0; rc >= 0 && from < count; from += PACKING) {
+		int some = count - from < PACKING ? count - from : PACKING;
+
+#pragma omp parallel for num_threads(p->threads) schedule(dynamic, 1)
+		for (int i = 0; i < some; i++)
+			if (!w->packed_gate_up || !w->packed_gate_up[from + i])
+				pack_expert(c, w, from + i, packed + (size_t)i * (first + second));
+		for (int i = 0; rc >= 0 && i < some; i++)
+			rc = put_packed(p, w, from + i, packed + (size_t)i * (first + second), to,
+			                err);
+	}
+	free(packed);
+	return rc;
+}
+
+static int place_experts(placer *p, const km_layer_weights *w, km_moe_weights *to, km_err *err)
+{
+	const km_weight *gate = &w->expert_gate[0];
+
+	*to = km_gpu_experts_shape(p->config, w);
+	if (to->packed)
+		return place_packed(p, w, to, err);
+	for (int e = 0; e < p->config->n_routed_experts; e++)
+		if (w->expert_up[e].type != gate->type || w->expert_down[e].type != gate->type ||
+		    w->expert_gate[e].type != gate->type)
+			return km_fail(err, KM_EUNSUPPORTED,
+			               "on a GPU the experts of a layer have one type of weight, "
+			               "and those "
+			               "of this checkpoint do not");
+	KM_TRY(place_matrix(p, w->expert_gate, to->group, &to->gate, err));
+	KM_TRY(place_matrix(p, w->expert_up, to->group, &to->up, err));
+	return place_matrix(p, w->expert_down, to->group, &to->down, err);
+}
+
+/* ---- a model ---- */
+
+/* The router's kernels take bf16 and f32. */
+static int place_router(placer *p, const km_layer_weights *from, km_layer_weights *to, km_err *err)
+{
+	KM_TRY(from->router.type == KM_W_F32 ? place_weight(p, &from->router, &to->router, err)
+	                                     : place_bf16(p, &from->router, &to->router, err));
+	if (p->cuda && !from->router_bias)
+		return 0;
+	return place_vector(p, from->router_bias, p->config->n_routed_experts, &to->router_bias,
+	                    err);
+}
+
+static int place_layer(placer *p, const km_layer_weights *from, km_gpu_layer *layer, bool moe,
+                       km_err *err)
+{
+	const km_config *c = p->config;
+	km_layer_weights *to = &layer->w;
+	int64_t before;
+
+	KM_TRY(place_vector(p, from->input_norm, c->hidden_size, &to->input_norm, err));
+	KM_TRY(place_vector(p, from->post_attention_norm, c->hidden_size, &to->post_attention_norm,
+	                    err));
+	if (c->q_lora_rank)
+		KM_TRY(place_vector(p, from->q_a_norm, c->q_lora_rank, &to->q_a_norm, err));
+	KM_TRY(place_vector(p, from->kv_a_norm, c->kv_lora_rank, &to->kv_a_norm, err));
+	KM_TRY(place_weight(p, &from->q_proj, &to->q_proj, err));
+	KM_TRY(place_weight(p, &from->q_a, &to->q_a, err));
+	KM_TRY(place_weight(p, &from->q_b, &to->q_b, err));
+	KM_TRY(place_weight(p, &from->kv_a, &to->kv_a, err));
+	KM_TRY(place_bf16(p, &from->kv_b, &to->kv_b, err));
+	KM_TRY(place_weight(p, &from->o, &to->o, err));
+	KM_TRY(place_weight(p, &from->gate, &to->gate, err));
+	KM_TRY(place_weight(p, &from->up, &to->up, err));
+	KM_TRY(place_weight(p, &from->down, &to->down, err));
+	if (!moe)
+		return 0;
+	KM_TRY(place_router(p, from, to, err));
+	KM_TRY(place_weight(p, &from->shared_gate, &to->shared_gate, err));
+	KM_TRY(place_weight(p, &from->shared_up, &to->shared_up, err));
+	KM_TRY(place_weight(p, &from->shared_down, &to->shared_down, err));
+	before = p->bytes;
+	KM_TRY(place_experts(p, from, &layer->experts, err));
+	p->expert_bytes += p->bytes - before;
+	return 0;
+}
+
+static int place_model(placer *p, const km_weights *from, km_gpu_weights *to, km_err *err)
+{
+	const km_config *c = p->config;
+
+	KM_TRY(place_weight(p, &from->embed, &to->embed, err));
+	if (c->tie_word_embeddings)
+		to->head = to->embed;
+	else
+		KM_TRY(place_weight(p, &from->head, &to->head, err));
+	KM_TRY(place_vector(p, from->norm, c->hidden_size, &to->norm, err));
+	to->layers = c->num_hidden_layers;
+	to->layer = km_xcalloc((size_t)to->layers, sizeof(*to->layer));
+	for (int i = 0; i < to->layers; i++)
+		KM_TRY(place_layer(p, &from->layer[i], &to->layer[i], km_config_is_moe_layer(c, i),
+		                   err));
+	return 0;
+}
+
+int64_t km_gpu_weights_bytes(const km_config *config, const km_weights *shapes,
+                             int64_t *expert_bytes)
+{
+	placer p = { .config = config };
+	km_gpu_weights nowhere = { .layers = 0 };
+
+	if (place_model(&p, shapes, &nowhere, NULL) < 0)
+		p.bytes = -1;
+	km_gpu_weights_release(&nowhere);
+	*expert_bytes = p.expert_bytes;
+	return p.bytes;
+}
+
+int km_gpu_weights_load(km_gpu_weights *weights, km_cuda *cuda, const km_config *config,
+                        const km_weights *from, const km_model_options *options, km_err *err)
+{
+	int64_t experts;
+	km_progress progress;
+	placer p = {
+		.config = config, .cuda = cuda, .progress = &progress, .threads = options->threads
+	};
+	int rc;
+
+	KM_TRY(km_upload_open(&p.upload, cuda, options->threads, err));
+	km_progress_init(&progress, "loading", "B", km_gpu_weights_bytes(config, from, &experts),
+	                 options->quiet);
+	rc = place_model(&p, from, weights, err);
+	km_upload_close(p.upload);
+	if (rc >= 0)
+		rc = km_cuda_wait(cuda, err);
+	km_progress_finish(&progress);
+	return rc;
+}
+
+void km_gpu_weights_release(km_gpu_weights *weights)
+{
+	free(weights->layer);
+	*weights = (km_gpu_weights){ .layers = 0 };
+}
+
+#endif

@@ -1,0 +1,566 @@
+/*
+ * The dense ops on a GPU (device/cuda_ops.h), each against double precision from the same inputs.
+ *
+ * BOUNDS  Inputs are bf16 or f32 exactly. A linear layer's f32 sum may be off by SUM_BOUND of the
+ * sum of its products' sizes (the tensor cores cut off bits when they align terms); over a weight
+ * that was first made bf16, by 2^-8 of it; a bf16 result by 2^-8 of itself more. Moves are exact.
+ * Outputs are NaN before each call. A row's bits are the same in calls of any number of rows, in
+ * each form of ours. `test_ops_cuda short` takes few shapes, for runs under a sanitizer; without
+ * it, times are printed as well.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/mem.h"
+#include "base/rng.h"
+#include "device/cuda_blas.h"
+#include "device/cuda_ops.h"
+#include "support/op_case.h"
+
+#define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
+#define SUM_BOUND 1e-5
+#define BF16_BOUND 0x1p-8
+
+static bool short_run;
+static km_cuda *gpu;
+static km_linear_device with_blas, without_blas;
+static km_err err;
+
+static void must(int rc)
+{
+	if (rc < 0)
+		fail_msg("%s", err.msg);
+}
+
+static void *take(size_t bytes)
+{
+	void *p = NULL;
+
+	must(km_cuda_take(gpu, &p, bytes, "test", &err));
+	must(km_cuda_fill(gpu, p, 0xff, bytes, &err));
+	return p;
+}
+
+static void *take_copy(const void *from, size_t bytes)
+{
+	void *p = take(bytes);
+
+	must(km_cuda_upload(gpu, p, from, bytes, &err));
+	return p;
+}
+
+static void *fetch(const void *from, size_t bytes)
+{
+	void *to = km_xmalloc(bytes);
+
+	must(km_cuda_download(gpu, to, from, bytes, &err));
+	return to;
+}
+
+static uint16_t *random_bf16(size_t count, uint64_t seed)
+{
+	uint16_t *x = km_xreallocarray(NULL, count, sizeof(*x));
+
+	for (size_t i = 0; i < count; i++)
+		x[i] = km_f32_to_bf16(km_rng_normal(seed, i));
+	return x;
+}
+
+static km_weight on_device(const km_weight *w)
+{
+	km_weight d = *w;
+	size_t whole = km_weight_bytes(w), scale;
+
+	scale = w->type == KM_W_FP8    ? whole - (size_t)w->rows * (size_t)w->cols
+	        : w->type == KM_W_INT4 ? whole - (size_t)w->rows * (size_t)w->cols / 2
+	                               : 0;
+	d.data = take_copy(w->data, whole - scale);
+	if (scale)
+		d.scale = take_copy(w->scale, scale);
+	return d;
+}
+
+static void close_to(const char *what, double got, double want, double bound)
+{
+	if (!(fabs(got - want) <= bound))
+		fail_msg("%s: got %.9g, want %.9g, off by %.3g, bound %.3g", what, got, want,
+		         fabs(got - want), bound);
+}
+
+/* ---- linear layers ---- */
+
+static const weight_case weight_cases[] = {
+	{ KM_W_BF16, 160, 64, 0, 0, 0, KM_F32 },  { KM_W_FP8, 300, 512, 0, 128, 128, KM_F32 },
+	{ KM_W_BF16, 17, 2080, 0, 0, 0, KM_F32 }, { KM_W_BF16, 576, 7168, 0, 0, 0, KM_F32 },
+	{ KM_W_BF16, 40, 1043, 0, 0, 0, KM_F32 }, { KM_W_FP8, 130, 1344, 0, 128, 128, KM_BF16 },
+	{ KM_W_FP8, 30, 200, 0, 16, 24, KM_F32 }, { KM_W_FP8, 48, 7168, 0, 128, 128, KM_F32 },
+	{ KM_W_F32, 24, 64, 0, 0, 0, KM_F32 },    { KM_W_F32, 5, 7, 0, 0, 0, KM_F32 },
+	{ KM_W_F16, 33, 96, 0, 0, 0, KM_F32 },    { KM_W_INT4, 64, 1024, 32, 0, 0, KM_BF16 },
+	{ KM_W_INT4, 19, 256, 64, 0, 0, KM_F16 }, { KM_W_INT4, 9, 72, 24, 0, 0, KM_BF16 },
+};
+static const int row_counts[] = { 70, 33, 32, 17, 16, 9, 8, 3, 1 };
+enum { MOST_ROWS = 70 };
+
+typedef struct linear_case {
+	km_weight host, device;
+	uint16_t *x;
+	void *x_device, *scratch;
+	double *sum, *size; /* [MOST_ROWS, rows]: the products' sum, and that of their sizes */
+	int x_stride;
+} linear_case;
+
+static void open_linear(linear_case *l, const weight_case *c)
+{
+	l->host = op_case_weight(c, 21);
+	l->device = on_device(&l->host);
+	l->x_stride = (c->cols + 15) / 8 * 8;
+	l->x = random_bf16((size_t)(MOST_ROWS * l->x_stride), 22);
+	l->x_device = take((size_t)(km_linear_rounded(MOST_ROWS) * l->x_stride) * 2);
+	must(km_cuda_upload(gpu, l->x_device, l->x, (size_t)(MOST_ROWS * l->x_stride) * 2, &err));
+	l->scratch = take((size_t)c->rows * (size_t)c->cols * 2);
+	l->sum = km_xcalloc((size_t)(MOST_ROWS * c->rows), sizeof(double));
+	l->size = km_xcalloc((size_t)(MOST_ROWS * c->rows), sizeof(double));
+	for (int r = 0; r < c->rows; r++)
+		for (int i = 0; i < c->cols; i++) {
+			double w = op_case_weight_at(&l->host, r, i);
+
+			for (int t = 0; t < MOST_ROWS; t++) {
+				double p = w * (double)km_bf16_to_f32(l->x[t * l->x_stride + i]);
+
+				l->sum[t * c->rows + r] += p;
+				l->size[t * c->rows + r] += fabs(p);
+			}
+		}
+}
+
+static void close_linear(linear_case *l)
+{
+	op_case_weight_release(&l->host);
+	free(l->x);
+	free(l->sum);
+	free(l->size);
+}
+
+static double check_linear(const linear_case *l, const km_linear_device *device, int tokens,
+                           bool y_bf16, float **kept)
+{
+	size_t mark = km_cuda_mark(gpu), rows = (size_t)l->host.rows, each = y_bf16 ? 2 : 4;
+	void *y = take((size_t)km_linear_rounded(tokens) * rows * each);
+	km_cuda_linear args = { .x = l->x_device,
+		                .x_stride = l->x_stride,
+		                .w = { &l->device },
+		                .y = { y },
+		                .weights = 1,
+		                .tokens = tokens,
+		                .y_bf16 = y_bf16,
+		                .scratch = l->scratch };
+	bool rounded = km_linear_plan(&l->device, tokens, device) == KM_LINEAR_BLAS &&
+	               l->device.type != KM_W_BF16;
+	char *got;
+	double worst = 0;
+
+	must(km_cuda_ops_linear(gpu, device, &args, &err));
+	got = fetch(y, (size_t)tokens * rows * each);
+	for (size_t i = 0; i < (size_t)tokens * rows; i++) {
+		double v = y_bf16 ? (double)km_bf16_to_f32(((uint16_t *)(void *)got)[i])
+		                  : (double)((float *)(void *)got)[i];
+		double bound = l->size[i] * (rounded ? BF16_BOUND : SUM_BOUND) +
+		               (y_bf16 ? fabs(l->sum[i]) * BF16_BOUND : 0);
+
+		close_to("linear", v, l->sum[i], bound);
+		if (fabs(v - l->sum[i]) > worst * l->size[i])
+			worst = fabs(v - l->sum[i]) / l->size[i];
+	}
+	if (kept)
+		*kept = (float *)(void *)got;
+	else
+		free(got);
+	km_cuda_rewind(gpu, mark);
+	return worst;
+}
+
+static void linear_layers_are_right(void **state)
+{
+	(void)state;
+	for (int i = 0; i < (short_run ? 2 : COUNT(weight_cases)); i++) {
+		size_t mark = km_cuda_mark(gpu);
+		linear_case l;
+		float *all, *some;
+		double worst = 0, blas = 0;
+
+		open_linear(&l, &weight_cases[i]);
+		check_linear(&l, &without_blas, MOST_ROWS, false, &all);
+		for (int m = 0; m < COUNT(row_counts); m += short_run ? 3 : 1) {
+			worst = fmax(worst,
+			             check_linear(&l, &without_blas, row_counts[m], false, &some));
+			assert_memory_equal(all, some,
+			                    (size_t)row_counts[m] * (size_t)l.host.rows * 4);
+			free(some);
+			if (with_blas.blas)
+				blas = fmax(blas, check_linear(&l, &with_blas, row_counts[m], false,
+				                               NULL));
+			check_linear(&l, &without_blas, row_counts[m], true, NULL);
+		}
+		print_message("figure: linear type %d [%d, %d]: largest error %.2g of the "
+		              "products' sizes, with "
+		              "cuBLASLt %.2g\n",
+		              (int)l.host.type, l.host.rows, l.host.cols, worst, blas);
+		free(all);
+		close_linear(&l);
+		km_cuda_rewind(gpu, mark);
+	}
+}
+
+/* Two weights over one x, in one launch: what each gives alone, bit by bit. */
+static void two_weights_are_each_ones(void **state)
+{
+	static const int pairs[][2] = { { 3, 3 }, { 1, 1 }, { 10, 10 }, { 0, 0 } };
+
+	(void)state;
+	for (int i = 0; i < (short_run ? 2 : COUNT(pairs)); i++)
+		for (int tokens = 1; tokens <= 9; tokens += 8) {
+			size_t mark = km_cuda_mark(gpu), bytes[2];
+			weight_case c[2] = { weight_cases[pairs[i][0]], weight_cases[pairs[i][1]] };
+			linear_case l[2];
+			void *y[2];
+			km_cuda_linear args = { .weights = 2, .tokens = tokens };
+
+			c[1].rows += 24;
+			for (int k = 0; k < 2; k++) {
+				open_linear(&l[k], &c[k]);
+				bytes[k] = (size_t)(tokens * c[k].rows) * 4;
+				args.w[k] = &l[k].device;
+				args.y[k] = y[k] = take(bytes[k]);
+			}
+			args.x = l[0].x_device;
+			args.x_stride = l[0].x_stride;
+			must(km_cuda_ops_linear(gpu, &without_blas, &args, &err));
+			for (int k = 0; k < 2; k++) {
+				float *both = fetch(y[k], bytes[k]), *alone;
+
+				check_linear(&l[k], &without_blas, tokens, false, &alone);
+				assert_memory_equal(both, alone, bytes[k]);
+				free(both);
+				free(alone);
+			}
+			close_linear(&l[0]);
+			close_linear(&l[1]);
+			km_cuda_rewind(gpu, mark);
+		}
+}
+
+static void weights_become_bf16(void **state)
+{
+	(void)state;
+	for (int i = 0; i < COUNT(weight_cases); i++) {
+		size_t mark = km_cuda_mark(gpu), count;
+		km_weight w = op_case_weight(&weight_cases[i], 31), d = on_device(&w);
+		void *to = take((size_t)w.rows * (size_t)w.cols * 2);
+		uint16_t *got;
+
+		must(km_cuda_ops_dequantize(gpu, &d, to, &err));
+		count = (size_t)w.rows * (size_t)w.cols;
+		got = fetch(to, count * 2);
+		for (size_t k = 0; k < count; k++) {
+			int row = (int)(k / (size_t)w.cols), col = (int)(k % (size_t)w.cols);
+			float want = (float)op_case_weight_at(&w, row, col);
+
+			if (got[k] != km_f32_to_bf16(want))
+				fail_msg("weight %d (%d, %d): got %g, want %g", i, row, col,
+				         (double)km_bf16_to_f32(got[k]), (double)want);
+		}
+		free(got);
+		op_case_weight_release(&w);
+		km_cuda_rewind(gpu, mark);
+	}
+}
+
+/* ---- the others ---- */
+
+static void norm_case(int tokens, int size, int stride, bool add)
+{
+	size_t mark = km_cuda_mark(gpu), in = (size_t)(tokens * stride),
+	       out = (size_t)(tokens * size);
+	float *residual = op_case_floats(in, 41), *delta = op_case_floats(out, 42);
+	float *weight = op_case_floats((size_t)size, 43), *after;
+	km_cuda_norm args = { take_copy(residual, in * 4),
+		              add ? take_copy(delta, out * 4) : NULL,
+		              take_copy(weight, (size_t)size * 4),
+		              take(out * 2),
+		              tokens,
+		              size,
+		              stride,
+		              1e-5f };
+	uint16_t *y;
+
+	must(km_cuda_ops_norm(gpu, &args, &err));
+	y = fetch(args.y, out * 2);
+	after = fetch(args.residual, in * 4);
+	for (int t = 0; t < tokens; t++) {
+		float *r = residual + t * stride;
+		double sum = 0;
+
+		for (int i = 0; add && i < size; i++)
+			r[i] += delta[t * size + i];
+		for (int i = 0; i < size; i++)
+			sum += (double)r[i] * (double)r[i];
+		for (int i = 0; i < size; i++) {
+			double want = (double)r[i] / sqrt(sum / size + 1e-5) * (double)weight[i];
+
+			close_to("norm", (double)km_bf16_to_f32(y[t * size + i]), want,
+			         fabs(want) * (BF16_BOUND + 1e-5));
+		}
+	}
+	assert_memory_equal(after, residual, in * 4);
+	free(residual);
+	free(delta);
+	free(weight);
+	free(after);
+	free(y);
+	km_cuda_rewind(gpu, mark);
+}
+
+static void norms_are_right(void **state)
+{
+	static const int sizes[] = { 48, 136, 512, 1536, 7168, 9001 };
+
+	(void)state;
+	for (int i = 0; i < (short_run ? 3 : COUNT(sizes)); i++)
+		for (int tokens = 1; tokens <= 5; tokens += 4) {
+			norm_case(tokens, sizes[i], sizes[i], true);
+			norm_case(tokens, sizes[i], sizes[i] + 64, false);
+		}
+}
+
+static void rows_move_exactly(void **state)
+{
+	static const int32_t rows[] = { 5, 0, 6, 5, 2 };
+	static const weight_case tables[] = { { KM_W_BF16, 7, 200, 0, 0, 0, KM_F32 },
+		                              { KM_W_F16, 7, 33, 0, 0, 0, KM_F32 },
+		                              { KM_W_F32, 7, 1000, 0, 0, 0, KM_F32 } };
+
+	(void)state;
+	for (int i = 0; i < COUNT(tables); i++) {
+		size_t mark = km_cuda_mark(gpu), cols = (size_t)tables[i].cols;
+		km_weight w = op_case_weight(&tables[i], 51), d = on_device(&w);
+		int32_t *ids = take_copy(rows, sizeof(rows));
+		float *y = take(5 * cols * 4), *again = take(5 * cols * 4), *got, *moved;
+
+		must(km_cuda_ops_embed(gpu, ids, 5, &d, y, &err));
+		must(km_cuda_ops_gather(gpu, take_copy((int32_t[]){ 4, 3, 2, 1, 0 }, 20), 5, y,
+		                        again, (int)cols * 4, &err));
+		got = fetch(y, 5 * cols * 4);
+		moved = fetch(again, 5 * cols * 4);
+		for (size_t k = 0; k < 5 * cols; k++)
+			assert_true(got[k] ==
+			            (float)op_case_weight_at(&w, rows[k / cols], (int)(k % cols)));
+		for (size_t r = 0; r < 5; r++)
+			assert_memory_equal(moved + r * cols, got + (4 - r) * cols, cols * 4);
+		free(got);
+		free(moved);
+		op_case_weight_release(&w);
+		km_cuda_rewind(gpu, mark);
+	}
+}
+
+static void silu_is_right(void **state)
+{
+	size_t mark = km_cuda_mark(gpu), count = 3 * 1000 + 7;
+	float *gate = op_case_floats(count, 61), *up = op_case_floats(count, 62);
+	void *y;
+	uint16_t *got;
+
+	(void)state;
+	gate[0] = 80, gate[1] = -80, gate[2] = 0, gate[3] = -200;
+	y = take(count * 2);
+	must(km_cuda_ops_silu_mul(gpu, take_copy(gate, count * 4), take_copy(up, count * 4), y, 1,
+	                          (int)count, &err));
+	got = fetch(y, count * 2);
+	for (size_t i = 0; i < count; i++) {
+		double want = (double)gate[i] / (1 + exp(-(double)gate[i])) * (double)up[i];
+
+		close_to("silu_mul", (double)km_bf16_to_f32(got[i]), want,
+		         fabs(want) * (BF16_BOUND + 1e-5) + 1e-30);
+	}
+	free(gate);
+	free(up);
+	free(got);
+	km_cuda_rewind(gpu, mark);
+}
+
+/* ---- times ---- */
+
+typedef struct timed_shape {
+	const char *name;
+	int rows[2], cols;
+} timed_shape;
+
+static const timed_shape timed_shapes[] = {
+	{ "q_a and kv_a", { 576, 1536 }, 7168 },
+	{ "q_b", { 12288, 0 }, 1536 },
+	{ "o", { 7168, 0 }, 8192 },
+	{ "shared gate and up", { 2048, 2048 }, 7168 },
+	{ "shared down", { 7168, 0 }, 2048 },
+	{ "head", { 163840, 0 }, 7168 },
+	{ "q_b of TP8", { 1536, 0 }, 1536 },
+	{ "o of TP8", { 7168, 0 }, 1024 },
+	{ "shared gate and up of TP8", { 256, 256 }, 7168 },
+	{ "shared down of TP8", { 7168, 0 }, 256 },
+};
+
+enum { CALLS = 40, MOST_TIMED_TOKENS = 4096 };
+
+static const size_t POOL = (size_t)6 << 30, ROTATE = (size_t)200 << 20;
+
+/* Microseconds of a call, from graphs of CALLS calls over weights that are not in L2. */
+static double time_linear(const timed_shape *s, char *pool, char *x, char *y, int tokens, bool fp8,
+                          const km_linear_device *device)
+{
+	size_t each = fp8 ? 1 : 2, bytes = 0, copies, stride;
+	km_weight w[2];
+	km_cuda_graph *graph;
+	double best = 1e30;
+
+	for (int k = 0; k < 2; k++)
+		bytes += (size_t)s->rows[k] * (size_t)s->cols * each;
+	stride = (bytes + (1 << 20) + 255) / 256 * 256;
+	copies = bytes > ROTATE ? 2 : (ROTATE + stride - 1) / stride + 1;
+	for (int warm = 0; warm < 2; warm++) {
+		if (warm)
+			must(km_cuda_capture_begin(gpu, &err));
+		for (int i = 0; i < CALLS; i++) {
+			char *at = pool + (size_t)i % copies * stride;
+			km_cuda_linear args = { .x = x,
+				                .x_stride = s->cols,
+				                .weights = s->rows[1] ? 2 : 1,
+				                .tokens = tokens };
+
+			for (int k = 0; k < args.weights; k++) {
+				w[k] = (km_weight){ .type = fp8 ? KM_W_FP8 : KM_W_BF16,
+					            .rows = s->rows[k],
+					            .cols = s->cols,
+					            .data = at,
+					            .scale = pool,
+					            .scale_dtype = KM_BF16,
+					            .block_rows = 128,
+					            .block_cols = 128 };
+				at += (size_t)s->rows[k] * (size_t)s->cols * each;
+				args.w[k] = &w[k];
+				args.y[k] = y + (size_t)k * ((size_t)512 << 20);
+			}
+			must(km_cuda_ops_linear(gpu, device, &args, &err));
+		}
+	}
+	must(km_cuda_capture_end(gpu, &graph, &err));
+	for (int i = 0; i < 6; i++) {
+		double us;
+
+		must(km_cuda_time_begin(gpu, &err));
+		must(km_cuda_graph_launch(gpu, graph, &err));
+		must(km_cuda_time_end(gpu, &us, &err));
+		best = i && us / CALLS < best ? us / CALLS : best;
+	}
+	km_cuda_graph_free(graph);
+	return best;
+}
+
+static double copy_gbps(char *pool)
+{
+	double us, best = 0;
+
+	for (int i = 0; i < 4; i++) {
+		must(km_cuda_time_begin(gpu, &err));
+		must(km_cuda_copy(gpu, pool + ((size_t)2 << 30), pool, (size_t)2 << 30, &err));
+		must(km_cuda_time_end(gpu, &us, &err));
+		best = fmax(best, 2.0 * (double)((size_t)2 << 30) / us / 1e3);
+	}
+	return best;
+}
+
+static void times_of_linear_layers(void **state)
+{
+	static const int tokens[] = { 1, 8, 16, 32, 64 };
+	size_t mark = km_cuda_mark(gpu);
+	char *pool, *x, *y;
+	uint16_t *random;
+
+	(void)state;
+	if (short_run)
+		skip();
+	pool = take(POOL);
+	x = take((size_t)MOST_TIMED_TOKENS * 8192 * 2);
+	y = take((size_t)1 << 30);
+	random = random_bf16((size_t)1 << 22, 71);
+	must(km_cuda_upload(gpu, pool, random, (size_t)1 << 23, &err));
+	free(random);
+	for (size_t have = (size_t)1 << 23; have < POOL; have *= 2)
+		must(km_cuda_copy(gpu, pool + have, pool, have < POOL - have ? have : POOL - have,
+		                  &err));
+	must(km_cuda_copy(gpu, x, pool, (size_t)MOST_TIMED_TOKENS * 8192 * 2, &err));
+	print_message("figure: copy: %.0f GB/s read and written\n", copy_gbps(pool));
+	for (int i = 0; i < COUNT(timed_shapes); i++)
+		for (int fp8 = 0; fp8 < 2; fp8++)
+			for (int m = 0; m < COUNT(tokens); m++) {
+				const timed_shape *s = &timed_shapes[i];
+				double bytes =
+					(double)(s->rows[0] + s->rows[1]) * s->cols * (fp8 ? 1 : 2);
+				double ours, blas = 0;
+
+				if (s->rows[0] > 100000 && (fp8 || tokens[m] == 64))
+					continue;
+				ours = time_linear(s, pool, x, y, tokens[m], fp8, &without_blas);
+				if (with_blas.blas && !fp8) {
+					km_linear_device only = { true };
+
+					blas = tokens[m] > 32 ? time_linear(s, pool, x, y,
+					                                    tokens[m], false, &only)
+					                      : 0;
+				}
+				print_message("figure: linear %s, %s, %d rows: %.2f us, %.0f GB/s "
+				              "of weights%s",
+				              s->name, fp8 ? "fp8" : "bf16", tokens[m], ours,
+				              bytes / ours / 1e3, blas ? "" : "\n");
+				if (blas)
+					print_message("; cuBLASLt %.2f us\n", blas);
+			}
+	km_cuda_rewind(gpu, mark);
+}
+
+int main(int argc, char **argv)
+{
+	static const struct CMUnitTest all[] = {
+		cmocka_unit_test(linear_layers_are_right),
+		cmocka_unit_test(two_weights_are_each_ones),
+		cmocka_unit_test(weights_become_bf16),
+		cmocka_unit_test(norms_are_right),
+		cmocka_unit_test(rows_move_exactly),
+		cmocka_unit_test(silu_is_right),
+		cmocka_unit_test(times_of_linear_layers),
+	};
+	int rc;
+
+	short_run = argc > 1 && !strcmp(argv[1], "short");
+	if (!km_cuda_count(&err)) {
+		printf("skip: %s\n", err.msg);
+		return 0;
+	}
+	if (km_cuda_open(&gpu, 0, short_run ? (size_t)256 << 20 : (size_t)9 << 30, &err) < 0) {
+		printf("%s\n", err.msg);
+		return 1;
+	}
+	with_blas.blas = !short_run && km_cuda_blas_open(gpu, &err) >= 0;
+	if (!short_run && !with_blas.blas)
+		printf("skip: %s\n", err.msg);
+	rc = cmocka_run_group_tests(all, NULL, NULL);
+	km_cuda_close(gpu);
+	return rc;
+}
