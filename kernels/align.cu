@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(32 * WARPS, SOFTMAX && WARPS == 16 ? 1 : 32 / 
 	if (warp == 0) {
 		float bias[PER_LANE];
 
-		gate_load<PER_LANE>(bias, g.bias, lane);
+		gate_load_bias<PER_LANE>(bias, g.bias, lane);
 		gate_keep<PER_LANE>(bias_s, bias, lane);
 	}
 #pragma unroll 1

@@ -46,7 +46,7 @@ __global__ void gate_onepass(kk_gate_args a)
 	float bias[PER_LANE], x[PER_LANE], next[PER_LANE];
 
 	ptx_release_successor();
-	gate_load<PER_LANE>(bias, a.bias, lane);
+	gate_load_bias<PER_LANE>(bias, a.bias, lane);
 	ptx_wait_predecessor();
 	if (row < a.tokens)
 		gate_load<PER_LANE>(x, a.logits + (size_t)row * E, lane);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32) gate_rehearsed(kk_gate_args a)
 	float bias[PER_LANE], x[PER_LANE];
 
 	ptx_release_successor();
-	gate_load<PER_LANE>(bias, a.bias, lane);
+	gate_load_bias<PER_LANE>(bias, a.bias, lane);
 	gate_keep<PER_LANE>(bias_s, bias, lane);
 	gate_rehearsal_row<PER_LANE>(x, lane);
 	__syncwarp();

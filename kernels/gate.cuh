@@ -135,18 +135,30 @@ __device__ __forceinline__ void gate_store_padding(const kk_gate_args &a, int ro
 		gate_put(a, row, lane, -1, 0.0f, ids_copy);
 }
 
-/* A row of E logits or biases as the one-pass form has it: x[4 j + i] is that of expert 128 j + 4 lane + i;
- * 0 without a row. */
+/* A row of E logits or biases as the one-pass form has it: x[4 j + i] is that of expert 128 j + 4 lane + i. */
 template <int PER_LANE>
 __device__ __forceinline__ void gate_load(float (&x)[PER_LANE], const float *row, int lane)
 {
 #pragma unroll
 	for (int j = 0; j < PER_LANE / 4; j++) {
-		float4 v = row ? __ldcg((const float4 *)(row + 128 * j) + lane)
-		               : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+		float4 v = __ldcg((const float4 *)(row + 128 * j) + lane);
 
-		x[4 * j] = v.x, x[4 * j + 1] = v.y, x[4 * j + 2] = v.z, x[4 * j + 3] = v.w;
+		x[4 * j] = v.x;
+		x[4 * j + 1] = v.y;
+		x[4 * j + 2] = v.z;
+		x[4 * j + 3] = v.w;
 	}
+}
+
+/* 0 without a row. */
+template <int PER_LANE>
+__device__ __forceinline__ void gate_load_bias(float (&bias)[PER_LANE], const float *row, int lane)
+{
+#pragma unroll
+	for (int i = 0; i < PER_LANE; i++)
+		bias[i] = 0.0f;
+	if (row)
+		gate_load<PER_LANE>(bias, row, lane);
 }
 
 /* From shared memory, and to it. */
