@@ -1,5 +1,6 @@
 /* kimi-serve: answers OpenAI requests from a checkpoint. See man/kimi-serve.1. */
 #include <errno.h>
+#include <inttypes.h>
 #include <limits.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -11,6 +12,7 @@
 #include "base/log.h"
 #include "base/mem.h"
 #include "base/option.h"
+#include "base/outfile.h"
 #include "device/cuda.h"
 #include "wire/batch_lines.h"
 #include "wire/serve.h"
@@ -20,7 +22,7 @@ enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 struct options {
 	const char *model, *name, *host, *api_key, *kv_dtype, *template, *tool_parser,
 		*reasoning_parser;
-	const char *sampling, *log_level, *isa, *device, *accepted;
+	const char *sampling, *log_level, *isa, *device, *accepted, *expert_stats;
 	int64_t port, max_body, max_connections, context, running, queued, total_tokens, chunk,
 		page, threads;
 	int64_t stream_buffer, tp, pp, dp, ep, dcp, nodes;
@@ -77,6 +79,8 @@ static const km_option table[] = {
 	       "ask for Authorization: Bearer KEY, but for /health and /metrics"),
 	STRING("served-model-name", "NAME", name,
 	       "the model's name in requests and answers (default DIR)"),
+	STRING("expert-stats", "FILE", expert_stats,
+	       "at the end, write how often each expert was chosen, as JSON"),
 	FLAG("log-requests,enable-log-requests", log_requests, "a line on stderr for each request"),
 	CHOICE("log-level", "LEVEL", log_level, "error|warning|info|debug",
 	       "what is worth a line on stderr (default info)"),
@@ -279,6 +283,7 @@ static void engine_options(const struct options *o, km_engine_options *e)
 	e->kv_dtype = kv_dtype(o->kv_dtype);
 	e->disable_prefix_cache = o->no_prefix_cache;
 	e->deterministic = o->deterministic;
+	e->count_experts = o->expert_stats;
 	e->threads = (int)o->threads;
 	e->isa = o->isa;
 	e->disable_graphs = o->no_graphs;
@@ -382,6 +387,32 @@ static int run_server(const struct options *o, km_service *service)
 	return status;
 }
 
+/* Counts of the MoE layers; km_engine_expert_counts says what is counted. */
+static int save_expert_stats(const char *path, const km_engine *engine)
+{
+	const km_config *c = km_engine_config(engine);
+	const int64_t *counts = km_engine_expert_counts(engine);
+	km_buf text = KM_BUF_INIT;
+	km_err err;
+	int rc;
+
+	km_buf_printf(&text, "{\"n_routed_experts\":%d,\"num_experts_per_tok\":%d,\"layers\":[",
+	              c->n_routed_experts, c->num_experts_per_tok);
+	for (int l = 0; l < c->num_hidden_layers; l++, counts += c->n_routed_experts) {
+		if (!km_config_is_moe_layer(c, l))
+			continue;
+		km_buf_printf(&text, "%s\n{\"layer\":%d,\"counts\":[",
+		              text.data[text.len - 1] == '[' ? "" : ",", l);
+		for (int e = 0; e < c->n_routed_experts; e++)
+			km_buf_printf(&text, "%s%" PRId64, e ? "," : "", counts[e]);
+		km_buf_puts(&text, "]}");
+	}
+	km_buf_puts(&text, "\n]}\n");
+	rc = km_outfile_save(path, text.data, text.len, &err);
+	km_buf_release(&text);
+	return rc < 0 ? complain(&err) : EXIT_OK;
+}
+
 static int run(const struct options *o, const km_engine_options *engine_opts)
 {
 	km_service_options options = {
@@ -410,6 +441,8 @@ static int run(const struct options *o, const km_engine_options *engine_opts)
 	} else {
 		status = o->batch ? run_batch(o, &service) : run_server(o, &service);
 		km_service_release(&service);
+		if (o->expert_stats && save_expert_stats(o->expert_stats, engine) != EXIT_OK)
+			status = EXIT_FAILED;
 	}
 	km_engine_close(engine);
 	return status;

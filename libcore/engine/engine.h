@@ -90,6 +90,7 @@ typedef struct km_engine_options {
 	int page_size;
 	enum km_kv_dtype kv_dtype;
 	bool disable_prefix_cache, deterministic;
+	bool count_experts; /* see km_engine_expert_counts */
 	int threads;
 	const char *isa;
 	enum km_backend_kind backend;
@@ -138,6 +139,10 @@ void km_engine_explain(const km_engine *engine, km_buf *out);
 /* Whether the device failed for good: every request has failed or will, and `err` (or NULL) gets the
  * reason. Any thread. */
 bool km_engine_has_failed(const km_engine *engine, km_err *err);
+/* How often each expert was chosen since the start: [num_hidden_layers, n_routed_experts], a dense
+ * layer's zero; NULL unless count_experts. To be read while no request runs. The last layer computes
+ * only rows whose logits are wanted: of a prompt, mostly the last. */
+const int64_t *km_engine_expert_counts(const km_engine *engine);
 /* Drops reusable prefixes; KM_EINVAL while requests run. */
 int km_engine_flush_cache(km_engine *engine);
 

@@ -242,6 +242,7 @@ int km_engine_describe_plan(const km_engine_options *options, km_buf *out, km_er
 typedef struct real_backend {
 	km_model *model;
 	km_tokenizer *tokenizer;
+	int64_t *expert_counts; /* [layers, experts] or NULL */
 } real_backend;
 
 static int forward(void *ctx, const km_batch *batch, const float **logits, km_err *err)
@@ -286,7 +287,18 @@ static void close_real(real_backend *real)
 {
 	km_model_close(real->model);
 	km_tokenizer_close(real->tokenizer);
+	free(real->expert_counts);
 	free(real);
+}
+
+static void start_counting(real_backend *real)
+{
+	const km_config *config = km_model_config(real->model);
+
+	real->expert_counts = km_xcalloc((size_t)config->num_hidden_layers *
+						 (size_t)config->n_routed_experts,
+					 sizeof(*real->expert_counts));
+	km_model_set_expert_counts(real->model, real->expert_counts);
 }
 
 /* The tokenizer first: it is small, and a folder without one should say so at once. */
@@ -315,12 +327,17 @@ int km_engine_open(km_engine **engine, const km_engine_options *options, km_err 
 	int rc = load_and_decide(options, &d, err);
 
 	*engine = NULL;
+	if (rc >= 0 && options->count_experts && options->backend != KM_BACKEND_CPU)
+		rc = km_fail(err, KM_EUNSUPPORTED,
+		             "experts are counted on the CPU only; this engine is to run on a GPU");
 	if (rc >= 0)
 		rc = open_real(real, options->model_dir, &d.model, err);
 	if (rc < 0) {
 		close_real(real);
 		return rc;
 	}
+	if (options->count_experts)
+		start_counting(real);
 	fill_backend(&backend, real);
 	*engine = km_engine_start(&d.shape, &backend);
 	if (!*engine) {
@@ -329,6 +346,7 @@ int km_engine_open(km_engine **engine, const km_engine_options *options, km_err 
 	}
 	(*engine)->model = real->model;
 	(*engine)->tokenizer = real->tokenizer;
+	(*engine)->expert_counts = real->expert_counts;
 	(*engine)->model_options = d.model;
 	(*engine)->plan = d.plan;
 	return 0;
@@ -348,6 +366,11 @@ void km_engine_close(km_engine *engine)
 const km_config *km_engine_config(const km_engine *engine)
 {
 	return km_model_config(engine->model);
+}
+
+const int64_t *km_engine_expert_counts(const km_engine *engine)
+{
+	return engine->expert_counts;
 }
 
 const km_tokenizer *km_engine_tokenizer(const km_engine *engine)

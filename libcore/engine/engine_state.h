@@ -114,6 +114,7 @@ struct km_engine {
 
 	km_model *model; /* engine_open.c's; NULL behind another backend */
 	km_tokenizer *tokenizer;
+	int64_t *expert_counts; /* owned; NULL: not counted */
 	km_model_options model_options;
 	km_model_plan plan;
 };

@@ -137,9 +137,19 @@ static void mlp(km_model *m, int tokens, const km_weight *gate, const km_weight 
 	linear(m, tokens, s->act, down, s->delta);
 }
 
-/* Router logits in f32, selection, and the routed experts' sum added to delta. */
-static void routed_experts(km_model *m, const km_layer_weights *w, int tokens)
+static void count_experts(km_model *m, int layer, int tokens)
 {
+	int64_t *counts = m->expert_counts + (size_t)layer * (size_t)m->config.n_routed_experts;
+	size_t ids = (size_t)tokens * (size_t)m->config.num_experts_per_tok;
+
+	for (size_t i = 0; i < ids; i++)
+		counts[m->step.expert_ids[i]]++;
+}
+
+/* Router logits in f32, selection, and the routed experts' sum added to delta. */
+static void routed_experts(km_model *m, int layer, int tokens)
+{
+	const km_layer_weights *w = &m->weights.layer[layer];
 	const km_config *c = &m->config;
 	km_step_buffers *s = &m->step;
 	km_gate_args gate = {
@@ -151,6 +161,8 @@ static void routed_experts(km_model *m, const km_layer_weights *w, int tokens)
 
 	linear(m, tokens, s->normed, &w->router, s->router);
 	RUN(m, KM_OP_GATE, gate, &gate);
+	if (m->expert_counts)
+		count_experts(m, layer, tokens);
 	moe.tokens = tokens;
 	moe.x = s->normed;
 	moe.ids = s->expert_ids;
@@ -179,7 +191,7 @@ static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *e
 		mlp(m, tokens, &w->shared_gate, &w->shared_up, &w->shared_down);
 	else
 		memset(s->delta, 0, (size_t)tokens * (size_t)m->config.hidden_size * 4);
-	routed_experts(m, w, tokens);
+	routed_experts(m, layer, tokens);
 	return 0;
 }
 

@@ -145,3 +145,8 @@ void km_model_set_trace(km_model *model, km_model_trace *trace)
 {
 	model->trace = trace;
 }
+
+void km_model_set_expert_counts(km_model *model, int64_t *counts)
+{
+	model->expert_counts = counts;
+}

@@ -76,6 +76,10 @@ int km_model_forward(km_model *model, const km_batch *batch, const float **logit
 /* Adds each later step's ops to `trace` (kept; NULL: no more). */
 void km_model_set_trace(km_model *model, km_model_trace *trace);
 
+/* Adds the experts that each later step's rows choose to counts [layers, experts] (kept; NULL: no
+ * more). On the CPU only. */
+void km_model_set_expert_counts(km_model *model, int64_t *counts);
+
 /* Every kernel choice in words, one per line, into a km_buf. */
 void km_model_explain(const km_model *model, km_buf *out);
 

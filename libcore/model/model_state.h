@@ -65,6 +65,7 @@ struct km_model {
 	float *cos_sin;  /* [max_context, rope], mapped */
 	size_t cos_sin_bytes;
 	km_model_trace *trace;
+	int64_t *expert_counts; /* [layers, experts] or NULL; the caller's */
 };
 
 /* Lays a step's buffers out from `block` on; NULL only sizes them. */
