@@ -24,6 +24,9 @@
 
 #include "model/router.h"
 
+/* What enqueues an op of the step, unless it is left out. */
+#define OP(g, op, call) ((g)->left_out >> (op) & 1 ? 0 : (call))
+
 /* ---- a step's arrays ---- */
 
 /* Copies to the staging memory; where that will be on the device. */
@@ -276,8 +279,9 @@ static int embed(km_model *m, const km_batch *batch, km_err *err)
 	km_gpu *g = m->gpu;
 
 	(void)batch;
-	return km_cuda_ops_embed(g->cuda, g->all.ids, g->all.tokens, &g->weights.embed, g->stream,
-	                         err);
+	return OP(g, KM_STEP_EMBED,
+	          km_cuda_ops_embed(g->cuda, g->all.ids, g->all.tokens, &g->weights.embed,
+	                            g->stream, err));
 }
 
 /* ---- parts of blocks ---- */
@@ -290,7 +294,8 @@ static int linear(const km_gpu *g, km_cuda_linear args, km_err *err)
 	return km_cuda_ops_linear(g->cuda, &g->linear, &args, err);
 }
 
-static int add_and_norm(const km_model *m, int tokens, bool add, const float *weight, km_err *err)
+static int add_and_norm(const km_model *m, enum km_step_op op, int tokens, bool add,
+                        const float *weight, km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	int size = m->config.hidden_size;
@@ -299,7 +304,7 @@ static int add_and_norm(const km_model *m, int tokens, bool add, const float *we
 		              tokens,    size,
 		              size,      (float)m->config.rms_norm_eps };
 
-	return km_cuda_ops_norm(g->cuda, &args, err);
+	return OP(g, op, km_cuda_ops_norm(g->cuda, &args, err));
 }
 
 static float lora_eps(const km_model *m)
@@ -314,23 +319,15 @@ static int queries(const km_model *m, const km_layer_weights *w, int tokens, km_
 	int size = m->config.q_lora_rank;
 	km_cuda_norm args = { g->b.q_a, NULL, w->q_a_norm, g->b.q_a_normed,
 		              tokens,   size, size,        lora_eps(m) };
+	km_cuda_linear q = { .x = size ? g->b.q_a_normed : g->normed,
+		             .w = { size ? &w->q_b : &w->q_proj },
+		             .y = { g->b.q },
+		             .tokens = tokens,
+		             .y_bf16 = true };
 
-	if (!size)
-		return linear(g,
-		              (km_cuda_linear){ .x = g->normed,
-		                                .w = { &w->q_proj },
-		                                .y = { g->b.q },
-		                                .tokens = tokens,
-		                                .y_bf16 = true },
-		              err);
-	KM_TRY(km_cuda_ops_norm(g->cuda, &args, err));
-	return linear(g,
-	              (km_cuda_linear){ .x = g->b.q_a_normed,
-	                                .w = { &w->q_b },
-	                                .y = { g->b.q },
-	                                .tokens = tokens,
-	                                .y_bf16 = true },
-	              err);
+	if (size)
+		KM_TRY(OP(g, KM_STEP_Q_A_NORM, km_cuda_ops_norm(g->cuda, &args, err)));
+	return OP(g, KM_STEP_Q_B, linear(g, q, err));
 }
 
 /* What q and keys are made of: with_q, q_a beside kv_a. */
@@ -346,7 +343,7 @@ static int projections(const km_model *m, const km_layer_weights *w, int tokens,
 		args.w[1] = &w->q_a;
 		args.y[1] = g->b.q_a;
 	}
-	return linear(g, args, err);
+	return OP(g, KM_STEP_QKV_A, linear(g, args, err));
 }
 
 static int rope_and_kv(const km_model *m, int layer, const km_gpu_batch *b, bool with_q,
@@ -367,7 +364,7 @@ static int rope_and_kv(const km_model *m, int layer, const km_gpu_batch *b, bool
 		.cache = g->kv + (size_t)layer * g->kv_layer_bytes,
 	};
 
-	return km_cuda_ops_rope_kv(g->cuda, &args, err);
+	return OP(g, KM_STEP_ROPE_KV, km_cuda_ops_rope_kv(g->cuda, &args, err));
 }
 
 static km_mla_cache cache_of(const km_gpu *g, int layer, const km_gpu_batch *b)
@@ -410,7 +407,8 @@ static int attend_decoding(const km_model *m, int layer, const km_gpu_batch *b, 
 		.scale = (float)km_config_softmax_scale(&m->config),
 	};
 
-	return km_cuda_mla_decode(g->cuda, &plan, &shape, b->decode_seqs, &buffers, err);
+	return OP(g, KM_STEP_MLA_DECODE,
+	          km_cuda_mla_decode(g->cuda, &plan, &shape, b->decode_seqs, &buffers, err));
 }
 
 static int attend_prompts(const km_model *m, int layer, const km_gpu_batch *b, km_err *err)
@@ -433,37 +431,39 @@ static int attend_prompts(const km_model *m, int layer, const km_gpu_batch *b, k
 
 	for (int i = 0; i < b->prefill.waves; i++) {
 		const km_mla_wave *wave = &b->prefill.wave[i];
+		km_cuda_linear keys_values = { .x = g->b.latents,
+			                       .x_stride = km_config_kv_width(&m->config),
+			                       .w = { kv_b },
+			                       .y = { g->b.kv },
+			                       .tokens = wave->tokens,
+			                       .y_bf16 = true };
 
-		KM_TRY(km_cuda_mla_gather(g->cuda, wave, &shape, &buffers, err));
-		KM_TRY(linear(g,
-		              (km_cuda_linear){ .x = g->b.latents,
-		                                .x_stride = km_config_kv_width(&m->config),
-		                                .w = { kv_b },
-		                                .y = { g->b.kv },
-		                                .tokens = wave->tokens,
-		                                .y_bf16 = true },
-		              err));
-		KM_TRY(km_cuda_mla_prefill(g->cuda, wave, &shape, &buffers, err));
+		KM_TRY(OP(g, KM_STEP_KV_B,
+		          km_cuda_mla_gather(g->cuda, wave, &shape, &buffers, err)));
+		KM_TRY(OP(g, KM_STEP_KV_B, linear(g, keys_values, err)));
+		KM_TRY(OP(g, KM_STEP_MLA_PREFILL,
+		          km_cuda_mla_prefill(g->cuda, wave, &shape, &buffers, err)));
 	}
 	return 0;
 }
 
-/* delta = down(silu(gate x) * up x) */
-static int mlp(const km_gpu *g, int tokens, const km_weight *gate, const km_weight *up,
-               const km_weight *down, km_err *err)
+/* delta = down(silu(gate x) * up x); `op` is the first of its three. */
+static int mlp(const km_gpu *g, enum km_step_op op, int tokens, const km_weight *const w[3],
+               km_err *err)
 {
-	KM_TRY(linear(g,
-	              (km_cuda_linear){ .x = g->normed,
-	                                .w = { gate, up },
-	                                .y = { g->b.gate, g->b.up },
-	                                .tokens = tokens },
-	              err));
-	KM_TRY(km_cuda_ops_silu_mul(g->cuda, g->b.gate, g->b.up, g->b.act, tokens, gate->rows,
-	                            err));
-	return linear(g,
-	              (km_cuda_linear){
-			      .x = g->b.act, .w = { down }, .y = { g->b.delta }, .tokens = tokens },
-	              err);
+	km_cuda_linear wide = { .x = g->normed,
+		                .w = { w[0], w[1] },
+		                .y = { g->b.gate, g->b.up },
+		                .tokens = tokens };
+	km_cuda_linear down = {
+		.x = g->b.act, .w = { w[2] }, .y = { g->b.delta }, .tokens = tokens
+	};
+
+	KM_TRY(OP(g, op, linear(g, wide, err)));
+	KM_TRY(OP(g, op + 1,
+	          km_cuda_ops_silu_mul(g->cuda, g->b.gate, g->b.up, g->b.act, tokens, w[0]->rows,
+	                               err)));
+	return OP(g, op + 2, linear(g, down, err));
 }
 
 /* ids and weights of the selected experts. */
@@ -515,9 +515,10 @@ static int routed_experts(const km_model *m, const km_gpu_layer *layer, int toke
 	};
 	km_moe_plan plan;
 
-	KM_TRY(route(m, layer, tokens, err));
+	KM_TRY(OP(g, KM_STEP_ROUTER, route(m, layer, tokens, err)));
 	KM_TRY(km_moe_plan_make(&plan, &problem, &device, NULL, err));
-	return km_cuda_moe_run(g->cuda, &plan, &problem, &buffers, err);
+	return OP(g, KM_STEP_EXPERTS,
+	          km_cuda_moe_run(g->cuda, &plan, &problem, &buffers, err));
 }
 
 /* ---- blocks ---- */
@@ -533,7 +534,7 @@ static int project(km_model *m, int layer, const km_batch *batch, km_err *err)
 	const km_layer_weights *w = &g->weights.layer[layer].w;
 	bool with_q = !is_last(m, layer) || g->whole;
 
-	KM_TRY(add_and_norm(m, batch->tokens, layer > 0, w->input_norm, err));
+	KM_TRY(add_and_norm(m, KM_STEP_INPUT_NORM, batch->tokens, layer > 0, w->input_norm, err));
 	KM_TRY(projections(m, w, batch->tokens, with_q, err));
 	if (with_q)
 		KM_TRY(queries(m, w, batch->tokens, err));
@@ -548,10 +549,12 @@ static int keep(km_model *m, const km_batch *kept, km_err *err)
 
 	if (g->whole || !kept->tokens)
 		return 0;
-	KM_TRY(km_cuda_ops_gather(g->cuda, g->kept_from, kept->tokens, g->b.stream,
-	                          g->b.kept_stream, hidden * 4, err));
-	KM_TRY(km_cuda_ops_gather(g->cuda, g->kept_from, kept->tokens, g->b.normed,
-	                          g->b.kept_normed, hidden * 2, err));
+	KM_TRY(OP(g, KM_STEP_KEEP,
+	          km_cuda_ops_gather(g->cuda, g->kept_from, kept->tokens, g->b.stream,
+	                             g->b.kept_stream, hidden * 4, err)));
+	KM_TRY(OP(g, KM_STEP_KEEP,
+	          km_cuda_ops_gather(g->cuda, g->kept_from, kept->tokens, g->b.normed,
+	                             g->b.kept_normed, hidden * 2, err)));
 	g->stream = g->b.kept_stream;
 	g->normed = g->b.kept_normed;
 	KM_TRY(projections(m, w, kept->tokens, true, err));
@@ -563,16 +566,15 @@ static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	const km_gpu_batch *b = is_last(m, layer) && !g->whole ? &g->kept : &g->all;
+	km_cuda_linear out = { .x = g->b.heads_out,
+		               .w = { &g->weights.layer[layer].w.o },
+		               .y = { g->b.delta },
+		               .tokens = batch->tokens };
 
 	if (batch->decode_seqs)
 		KM_TRY(attend_decoding(m, layer, b, err));
 	KM_TRY(attend_prompts(m, layer, b, err));
-	return linear(g,
-	              (km_cuda_linear){ .x = g->b.heads_out,
-	                                .w = { &g->weights.layer[layer].w.o },
-	                                .y = { g->b.delta },
-	                                .tokens = batch->tokens },
-	              err);
+	return OP(g, KM_STEP_O, linear(g, out, err));
 }
 
 static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *err)
@@ -580,13 +582,15 @@ static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *e
 	const km_gpu *g = m->gpu;
 	const km_gpu_layer *l = &g->weights.layer[layer];
 	const km_layer_weights *w = &l->w;
+	const km_weight *const dense[] = { &w->gate, &w->up, &w->down };
+	const km_weight *const shared[] = { &w->shared_gate, &w->shared_up, &w->shared_down };
 	int tokens = batch->tokens;
 
-	KM_TRY(add_and_norm(m, tokens, true, w->post_attention_norm, err));
+	KM_TRY(add_and_norm(m, KM_STEP_POST_NORM, tokens, true, w->post_attention_norm, err));
 	if (!km_config_is_moe_layer(&m->config, layer))
-		return mlp(g, tokens, &w->gate, &w->up, &w->down, err);
+		return mlp(g, KM_STEP_MLP_GATE_UP, tokens, dense, err);
 	if (m->config.n_shared_experts)
-		KM_TRY(mlp(g, tokens, &w->shared_gate, &w->shared_up, &w->shared_down, err));
+		KM_TRY(mlp(g, KM_STEP_SHARED_GATE_UP, tokens, shared, err));
 	return routed_experts(m, l, tokens, err);
 }
 
@@ -598,24 +602,26 @@ static int head(km_model *m, const km_batch *batch, km_err *err)
 		g->stream, g->b.delta, g->weights.norm, g->b.head_normed,
 		rows,      hidden,     hidden,          (float)m->config.rms_norm_eps
 	};
+	km_cuda_linear logits = { .x = g->b.head_normed,
+		                  .w = { &g->weights.head },
+		                  .y = { g->b.logits },
+		                  .tokens = rows };
 
 	if (g->logit_from) {
-		KM_TRY(km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->stream, g->b.head_stream,
-		                          hidden * 4, err));
-		KM_TRY(km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->b.delta, g->b.head_delta,
-		                          hidden * 4, err));
+		KM_TRY(OP(g, KM_STEP_KEEP,
+		          km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->stream,
+		                             g->b.head_stream, hidden * 4, err)));
+		KM_TRY(OP(g, KM_STEP_KEEP,
+		          km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->b.delta,
+		                             g->b.head_delta, hidden * 4, err)));
 		args.residual = g->b.head_stream;
 		args.delta = g->b.head_delta;
 	}
-	KM_TRY(km_cuda_ops_norm(g->cuda, &args, err));
-	KM_TRY(linear(g,
-	              (km_cuda_linear){ .x = g->b.head_normed,
-	                                .w = { &g->weights.head },
-	                                .y = { g->b.logits },
-	                                .tokens = rows },
-	              err));
-	return km_cuda_fetch(g->cuda, g->logits, g->b.logits,
-	                     (size_t)rows * (size_t)m->config.vocab_size * 4, err);
+	KM_TRY(OP(g, KM_STEP_FINAL_NORM, km_cuda_ops_norm(g->cuda, &args, err)));
+	KM_TRY(OP(g, KM_STEP_HEAD, linear(g, logits, err)));
+	return OP(g, KM_STEP_RESULT,
+	          km_cuda_fetch(g->cuda, g->logits, g->b.logits,
+	                        (size_t)rows * (size_t)m->config.vocab_size * 4, err));
 }
 
 /* The staging memory is the next step's from here on, whatever came of this one. */

@@ -23,6 +23,7 @@
 #include "device/cuda_ops.h"
 #include "device/cuda_router.h"
 #include "model/forward.h"
+#include "model/step_op.h"
 
 typedef struct km_gpu_layer {
 	km_layer_weights w;     /* pointers to the device; the expert arrays are NULL */
@@ -123,6 +124,7 @@ typedef struct km_gpu {
 	int forms;
 	km_gpu_form form[KM_GPU_FORMS];
 	int64_t replays;
+	uint32_t left_out; /* bits 1 << enum km_step_op that are not enqueued; 0 but to time the others */
 	km_gpu_batch all, kept; /* the step's batch, and what the last layer keeps of it */
 	const int32_t *kept_from, *no_slots, *logit_from; /* device */
 	double load_seconds;
