@@ -7,14 +7,11 @@
  *   H200. It is latency: a launch, and what runs in a row between barriers.
  *
  * LADDER (us a call, E = 384, top 8, block 8, 1 / 8 / 64 / 1,024 tokens; launches overlapping)
- *   chunks   two launches: count, then place                      - / - / - / 7.6 (40,000: 66)
- *   scan     three: count, sum over the chunks, place             - / - / - / 8.1 (40,000: 22)
+ *   chunks   two launches: count, then place                      - / - / - / 7.6
  *   bits     one block; a bit for each place of each expert       - / - / 3.7 / -
  *   pairs    one block; each place looks at every other           1.5 / 2.2 / - / -
- *   words    one block; counts of 32 places, then their sums      - / - / 2.2 / -
- *   and one warp to 32 places, four threads a place to 64         1.2 / 1.6 / - / -
- *   In one launch with the gate 2.2 / 2.7 / 4.5 / -. Best of others (SGLang): 1.1 / 3.4 / 4.4 / 7.2.
- *   TRIED 5, 7, 10, 19, 20.
+ *   In one launch with the gate 2.3 / 3.1 / 5.7 / -. Best of others (SGLang): 1.1 / 3.4 / 4.4 / 7.2.
+ *   TRIED 5, 7, 10.
  *
  * RULES
  *   Ids are checked here: what is outside [0, experts) takes no place, and no memory is touched for it.
@@ -323,11 +320,10 @@ cudaError_t kk_align(const kk_align_args *a, cudaStream_t stream)
 
 /*
  * Gate and alignment: blocks of WARPS warps, a row each, in one cluster. They leave their ids in the first
- * block's shared memory, which aligns; where there is but one block, nobody waits for a cluster. Where
- * launches overlap, once through is a rehearsal (gate.cuh).
+ * block's shared memory, which aligns; where there is but one block, nobody waits for a cluster.
  */
 template <int PER_LANE, bool SOFTMAX, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, SOFTMAX && WARPS == 16 ? 1 : 32 / WARPS) gate_align(kk_gate_args g, kk_align_args a)
+__global__ void __launch_bounds__(32 * WARPS) gate_align(kk_gate_args g, kk_align_args a)
 {
 	constexpr int E = 32 * PER_LANE, PLACES = KK_FUSED_TOKENS * KK_FAST_TOP_K, THREADS = 32 * WARPS;
 	extern __shared__ float4 smem[];
@@ -336,60 +332,43 @@ __global__ void __launch_bounds__(32 * WARPS, SOFTMAX && WARPS == 16 ? 1 : 32 / 
 	float *bias_s = (float *)smem, *xs = bias_s + E * (1 + warp);
 	gate_scratch *s = (gate_scratch *)(bias_s + E * (1 + WARPS)) + warp;
 	align_scratch as = align_carve((gate_scratch *)(bias_s + E * (1 + WARPS)) + WARPS, a);
-	int live = !g.pdl;
+	int32_t *to = ids;
+	float bias[PER_LANE], x[PER_LANE];
 
 	ptx_release_successor();
-	if (warp == 0) {
-		float bias[PER_LANE];
-
-		gate_load_bias<PER_LANE>(bias, g.bias, lane);
+	for (int i = threadIdx.x; i < PLACES; i += THREADS)
+		ids[i] = -1;
+	if (gridDim.x > 1)
+		ptx_cluster_arrive();
+	gate_load_bias<PER_LANE>(bias, g.bias, lane);
+	if (warp == 0)
 		gate_keep<PER_LANE>(bias_s, bias, lane);
+	if (blockIdx.x == 0)
+		align_prepare<THREADS>(a, as);
+	ptx_wait_predecessor();
+	if (row < g.tokens)
+		gate_load<PER_LANE>(x, g.logits + (size_t)row * E, lane);
+	__syncthreads(); /* bias_s is written, the scratch is prepared */
+	if (gridDim.x > 1) {
+		ptx_cluster_wait(); /* the first block's ids are clear */
+		to = ptx_cluster_pointer(ids, 0);
 	}
-#pragma unroll 1
-	for (;;) {
-		float bias[PER_LANE], x[PER_LANE];
-		int32_t *to = ids;
-
-		for (int i = threadIdx.x; i < PLACES; i += THREADS)
-			ids[i] = -1;
-		if (blockIdx.x == 0)
-			align_prepare<THREADS>(a, as);
-		gate_rehearsal_row<PER_LANE>(x, lane);
-		if (live) {
-			if (gridDim.x > 1)
-				ptx_cluster_arrive();
-			ptx_wait_predecessor();
-			if (row < g.tokens)
-				gate_load<PER_LANE>(x, g.logits + (size_t)row * E, lane);
-		}
-		__syncthreads(); /* bias_s is written, the scratch is prepared */
-		gate_recall<PER_LANE>(bias, bias_s, lane);
-		if (live && gridDim.x > 1) {
-			ptx_cluster_wait(); /* the first block's ids are clear */
-			to = ptx_cluster_pointer(ids, 0);
-		}
-		if (row < g.tokens) {
-			if (live && g.valid_tokens && row >= __ldcg(g.valid_tokens))
-				gate_store_padding(g, row, lane, to + row * g.top_k);
-			else
-				gate_row_onepass<PER_LANE, SOFTMAX>(g, row, lane, x, bias, xs, bias_s, s,
-				                                    to + row * g.top_k, live);
-		}
-		if (live && gridDim.x > 1) {
-			ptx_cluster_arrive();
-			if (blockIdx.x > 0)
-				return;
-			ptx_cluster_wait(); /* all ids are here */
-		} else {
-			__syncthreads(); /* this block's ids are here */
-		}
-		if (blockIdx.x == 0)
-			align_block_sort<THREADS, WARPS == 16 ? 1 : 2>(a, ids, as, live);
-		if (live)
+	if (row < g.tokens) {
+		if (g.valid_tokens && row >= __ldcg(g.valid_tokens))
+			gate_store_padding(g, row, lane, to + row * g.top_k);
+		else
+			gate_row_onepass<PER_LANE, SOFTMAX>(g, row, lane, x, bias, xs, bias_s, s,
+			                                    to + row * g.top_k);
+	}
+	if (gridDim.x > 1) {
+		ptx_cluster_arrive();
+		if (blockIdx.x > 0)
 			return;
-		live = gate_go_live();
-		__syncthreads(); /* the scratch may be prepared anew */
+		ptx_cluster_wait(); /* all ids are here */
+	} else {
+		__syncthreads(); /* all ids are here */
 	}
+	align_block_sort<THREADS, WARPS == 16 ? 1 : 2>(a, ids, as);
 }
 
 template <int PER_LANE, bool SOFTMAX, int WARPS>

@@ -135,25 +135,22 @@ __device__ __forceinline__ int block_scan(int v, int *warp_total, int *total)
 }
 
 /* A run of `count` places of expert e at `at`: its blocks, and its padding unless it is staged. */
-__device__ __forceinline__ int align_put_run(const kk_align_args &a, int e, int at, int count, bool staged,
-                                             int live = 1)
+__device__ __forceinline__ int align_put_run(const kk_align_args &a, int e, int at, int count, bool staged)
 {
 	int places = a.tokens * a.top_k, blocks = align_blocks(count + a.block - 1, a.block);
 	int first = align_blocks(at, a.block), end = at + blocks * a.block;
 
-	for (int b = 0; b < blocks && live; b++)
+	for (int b = 0; b < blocks; b++)
 		a.block_expert[first + b] = e;
-	if (!staged && live)
+	if (!staged)
 		for (int i = at + count; i < end; i++)
 			a.sorted[i] = places;
 	return end;
 }
 
 /* Words [0, count) of `to`, from `from` or, without it, all `fill`; by threads t, t + step, ... */
-__device__ __forceinline__ void align_store(int32_t *to, const int *from, int fill, int count, int t, int step,
-                                            int live)
+__device__ __forceinline__ void align_store(int32_t *to, const int *from, int fill, int count, int t, int step)
 {
-	count = live ? count : 0;
 	if (count % 4) {
 		for (int i = t; i < count; i += step)
 			to[i] = from ? from[i] : fill;
@@ -165,7 +162,7 @@ __device__ __forceinline__ void align_store(int32_t *to, const int *from, int fi
 
 /* Up to N <= 32 places, one a lane of this warp: e is its expert, or any id that takes no place. */
 template <int N>
-__device__ __forceinline__ void align_warp(const kk_align_args &a, int e, int lane, int live = 1)
+__device__ __forceinline__ void align_warp(const kk_align_args &a, int e, int lane)
 {
 	bool valid = lane < a.tokens * a.top_k && e >= 0 && e < a.experts;
 	int other[N], length, rank, at = 0, total;
@@ -185,13 +182,13 @@ __device__ __forceinline__ void align_warp(const kk_align_args &a, int e, int la
 		at += other[j] < e ? n : 0;
 	}
 	total = __reduce_add_sync(0xffffffffu, length);
-	align_store(a.sorted, NULL, a.tokens * a.top_k, total, lane, 32, live);
+	align_store(a.sorted, NULL, a.tokens * a.top_k, total, lane, 32);
 	__syncwarp(); /* the padding is written, and may be written over */
-	if (valid && live)
+	if (valid)
 		a.sorted[at + rank] = lane;
 	if (length)
-		align_put_run(a, e, at, length, true, live);
-	if (lane == 0 && live)
+		align_put_run(a, e, at, length, true);
+	if (lane == 0)
 		*a.total = total;
 }
 
@@ -199,7 +196,7 @@ __device__ __forceinline__ void align_warp(const kk_align_args &a, int e, int la
  * of the sorted list. */
 template <int WAYS>
 __device__ __forceinline__ int align_pairs(const kk_align_args &a, const int32_t *ids, align_scratch s,
-                                           bool staged, int live = 1)
+                                           bool staged)
 {
 	int p = threadIdx.x / WAYS, way = threadIdx.x % WAYS * 4, count = 0, rank = 0, at = 0, total = 0;
 	int e = p < ALIGN_PAIRS ? ids[p] : -1;
@@ -237,11 +234,8 @@ __device__ __forceinline__ int align_pairs(const kk_align_args &a, const int32_t
 	}
 	if (mine) {
 		if (rank == 0)
-			align_put_run(a, e, at, count, staged, live);
-		if (staged)
-			s.stage[at + rank] = p;
-		else if (live)
-			a.sorted[at + rank] = p;
+			align_put_run(a, e, at, count, staged);
+		(staged ? s.stage : a.sorted)[at + rank] = p;
 	}
 	return total;
 }
@@ -271,7 +265,7 @@ __device__ __forceinline__ int align_sum_counts(uint16_t *count, int row, int wo
  * length of the sorted list. */
 template <int THREADS, int PER>
 __device__ __forceinline__ int align_words(const kk_align_args &a, const int (&e)[PER], align_scratch s,
-                                           bool staged, int live = 1)
+                                           bool staged)
 {
 	int t = threadIdx.x, places = a.tokens * a.top_k, row = align_row(a.experts), done = 0;
 	int rank[PER];
@@ -299,7 +293,7 @@ __device__ __forceinline__ int align_words(const kk_align_args &a, const int (&e
 		at = done + block_scan<THREADS>(align_padded(n, a.block), s.warp_total, &total);
 		if (x < a.experts) {
 			s.offset[x] = at;
-			align_put_run(a, x, at, n, staged, live);
+			align_put_run(a, x, at, n, staged);
 		}
 		done += total;
 		__syncthreads(); /* the offsets are written, the warps' totals have been read */
@@ -308,34 +302,29 @@ __device__ __forceinline__ int align_words(const kk_align_args &a, const int (&e
 	for (int k = 0; k < PER; k++)
 		if (valid[k]) {
 			int i = THREADS * k + t;
-			int to = s.offset[e[k]] + s.count[i / 32 * row + e[k]] + rank[k];
 
-			if (staged)
-				s.stage[to] = i;
-			else if (live)
-				a.sorted[to] = i;
+			(staged ? s.stage : a.sorted)[s.offset[e[k]] + s.count[i / 32 * row + e[k]] +
+			                              rank[k]] = i;
 		}
 	return done;
 }
 
 /* The end of all forms but align_warp. */
 template <int THREADS>
-__device__ __forceinline__ void align_finish(const kk_align_args &a, align_scratch s, int total, bool staged,
-                                             int live = 1)
+__device__ __forceinline__ void align_finish(const kk_align_args &a, align_scratch s, int total, bool staged)
 {
-	if (threadIdx.x == 0 && live)
+	if (threadIdx.x == 0)
 		*a.total = total;
 	if (!staged)
 		return;
 	__syncthreads(); /* the stage is complete */
-	align_store(a.sorted, s.stage, 0, total, threadIdx.x, THREADS, live);
+	align_store(a.sorted, s.stage, 0, total, threadIdx.x, THREADS);
 }
 
 /* Places whose ids lie in shared memory, complete and padded with -1 to a multiple of ALIGN_PAIRS: all
  * THREADS threads of the block, PER places each at most. */
 template <int THREADS, int PER>
-__device__ __forceinline__ void align_block_sort(const kk_align_args &a, const int32_t *ids, align_scratch s,
-                                                 int live = 1)
+__device__ __forceinline__ void align_block_sort(const kk_align_args &a, const int32_t *ids, align_scratch s)
 {
 	int places = a.tokens * a.top_k;
 	bool staged = align_stage(places, a.experts, a.block) > 0;
@@ -344,25 +333,23 @@ __device__ __forceinline__ void align_block_sort(const kk_align_args &a, const i
 		if (threadIdx.x >= 32)
 			return;
 		if (places <= 8)
-			align_warp<8>(a, ids[threadIdx.x], threadIdx.x, live);
+			align_warp<8>(a, ids[threadIdx.x], threadIdx.x);
 		else
-			align_warp<ALIGN_WARP>(a, ids[threadIdx.x], threadIdx.x, live);
+			align_warp<ALIGN_WARP>(a, ids[threadIdx.x], threadIdx.x);
 		return;
 	}
 	if constexpr (THREADS >= ALIGN_PAIRS) {
 		constexpr int WAYS = THREADS / ALIGN_PAIRS < 4 ? THREADS / ALIGN_PAIRS : 4;
 
 		if (places <= ALIGN_PAIRS) {
-			align_finish<THREADS>(a, s, align_pairs<WAYS>(a, ids, s, staged, live), staged,
-			                      live);
+			align_finish<THREADS>(a, s, align_pairs<WAYS>(a, ids, s, staged), staged);
 		} else {
 			int e[PER];
 
 #pragma unroll
 			for (int k = 0; k < PER; k++)
 				e[k] = THREADS * k + threadIdx.x < places ? ids[THREADS * k + threadIdx.x] : -1;
-			align_finish<THREADS>(a, s, align_words<THREADS, PER>(a, e, s, staged, live), staged,
-			                      live);
+			align_finish<THREADS>(a, s, align_words<THREADS, PER>(a, e, s, staged), staged);
 		}
 	}
 }

@@ -25,8 +25,6 @@
 
 #include "gate.cuh"
 
-enum { REHEARSED_ROWS = 256 }; /* with more, a multiprocessor has enough to do */
-
 template <int PER_LANE>
 static constexpr size_t onepass_smem(int warps)
 {
@@ -66,37 +64,6 @@ __global__ void gate_onepass(kk_gate_args a)
 		gate_store_padding(a, row, lane, NULL);
 }
 
-/* A block of one warp for each row, after a rehearsal (gate.cuh). */
-template <int PER_LANE, bool SOFTMAX, int TOP, int GROUPS>
-__global__ void __launch_bounds__(32) gate_rehearsed(kk_gate_args a)
-{
-	constexpr int E = 32 * PER_LANE;
-	__shared__ __align__(16) float bias_s[E], xs[E];
-	__shared__ gate_scratch s;
-	int lane = threadIdx.x, row = blockIdx.x, live = 0;
-	float bias[PER_LANE], x[PER_LANE];
-
-	ptx_release_successor();
-	gate_load_bias<PER_LANE>(bias, a.bias, lane);
-	gate_keep<PER_LANE>(bias_s, bias, lane);
-	gate_rehearsal_row<PER_LANE>(x, lane);
-	__syncwarp();
-#pragma unroll 1
-	for (;;) {
-		gate_row_onepass<PER_LANE, SOFTMAX, TOP, GROUPS>(a, row, lane, x, bias, xs, bias_s, &s, NULL,
-		                                                 live);
-		if (live)
-			return;
-		live = gate_go_live();
-		ptx_wait_predecessor();
-		if (a.valid_tokens && row >= __ldcg(a.valid_tokens)) {
-			gate_store_padding(a, row, lane, NULL);
-			return;
-		}
-		gate_load<PER_LANE>(x, a.logits + (size_t)row * E, lane);
-	}
-}
-
 template <int PER_LANE, int TOP, int GROUPS>
 static cudaError_t launch_onepass(const kk_gate_args *a, int warps, int blocks, cudaStream_t stream)
 {
@@ -109,11 +76,6 @@ static cudaError_t launch_onepass(const kk_gate_args *a, int warps, int blocks, 
 	config.gridDim = dim3(rows < blocks ? rows : blocks);
 	config.blockDim = dim3(32 * warps);
 	config.dynamicSmemBytes = onepass_smem<PER_LANE>(warps);
-	if (a->pdl && warps == 1 && rows <= blocks && rows <= REHEARSED_ROWS) {
-		kernel = a->softmax ? gate_rehearsed<PER_LANE, true, TOP, GROUPS>
-		                    : gate_rehearsed<PER_LANE, false, TOP, GROUPS>;
-		config.dynamicSmemBytes = 0;
-	}
 	config.stream = stream;
 	pdl.id = cudaLaunchAttributeProgrammaticStreamSerialization;
 	pdl.val.programmaticStreamSerializationAllowed = a->pdl;

@@ -82,45 +82,21 @@ struct __align__(16) gate_scratch {
 	uint32_t group[GATE_GROUPS]; /* keys of the group maxima, then scores by rank */
 };
 
-/*
- * Rehearsal (TRIED 20). Where launches overlap, and a block has little to do, it first runs everything on a
- * row of its own making, while it would be waiting for its predecessor; nothing leaves the
- * multiprocessor. `live` is 0 then. The compiler must not know that it is 1 the second time, or it makes
- * two copies of the code.
- */
-__device__ __forceinline__ int gate_go_live()
-{
-	int live;
-	asm volatile("mov.u32 %0, 1;" : "=r"(live));
-	return live;
-}
-
-/* Logits whose top_k best are found the usual way, whatever top_k. */
-template <int PER_LANE>
-__device__ __forceinline__ void gate_rehearsal_row(float (&x)[PER_LANE], int lane)
-{
-#pragma unroll
-	for (int i = 0; i < PER_LANE; i++)
-		x[i] = i == 0 ? 0.1f * lane : -8.0f;
-}
-
 /* Slot `slot` of the row. */
 __device__ __forceinline__ void gate_put(const kk_gate_args &a, int row, int slot, int id, float weight,
-                                         int32_t *ids_copy, int live = 1)
+                                         int32_t *ids_copy)
 {
 	size_t at = (size_t)row * a.top_k + slot;
 
-	if (live) {
-		a.ids[at] = id;
-		a.weights[at] = weight;
-	}
+	a.ids[at] = id;
+	a.weights[at] = weight;
 	if (ids_copy)
 		ids_copy[slot] = id;
 }
 
-__device__ __forceinline__ int gate_physical(const kk_gate_args &a, int id, int live = 1)
+__device__ __forceinline__ int gate_physical(const kk_gate_args &a, int id)
 {
-	return a.expert_map && live ? __ldg(a.expert_map + id) : id;
+	return a.expert_map ? __ldg(a.expert_map + id) : id;
 }
 
 __device__ __forceinline__ float gate_factor(const kk_gate_args &a, float sum)
@@ -302,7 +278,7 @@ __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row,
                                                  const float (&x)[PER_LANE],
                                                  const float (&bias)[PER_LANE], float *xs,
                                                  const float *bias_s, gate_scratch *s,
-                                                 int32_t *ids_copy, int live = 1)
+                                                 int32_t *ids_copy)
 {
 	constexpr int CHUNKS = PER_LANE / 4;
 	float c[PER_LANE], top = -INFINITY, score = 0.0f, logit = 0.0f, b, sum = 0.0f;
@@ -397,7 +373,7 @@ __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row,
 		found = gate_rounds(keys, 32 * PER_LANE, a.top_k, lane, &id);
 		if (lane < found)
 			score = gate_score<SOFTMAX>(
-				live ? __ldcg(a.logits + (size_t)row * 32 * PER_LANE + id) : 0.0f, scale);
+				__ldcg(a.logits + (size_t)row * 32 * PER_LANE + id), scale);
 		rank = lane;
 		n = found;
 	} else {
@@ -423,10 +399,9 @@ __device__ __forceinline__ void gate_row_onepass(const kk_gate_args &a, int row,
 	for (int i = 0; i < TOP; i++)
 		sum += i < found ? ranked[i] : 0.0f;
 	if (lane < n && rank < found)
-		gate_put(a, row, rank, gate_physical(a, id, live), score * gate_factor(a, sum), ids_copy,
-		         live);
+		gate_put(a, row, rank, gate_physical(a, id), score * gate_factor(a, sum), ids_copy);
 	if (lane >= found && lane < a.top_k)
-		gate_put(a, row, lane, 0, 0.0f, ids_copy, live);
+		gate_put(a, row, lane, 0, 0.0f, ids_copy);
 	__syncwarp();
 }
 

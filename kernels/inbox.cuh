@@ -1,8 +1,9 @@
 /*
- * Sums sent from block to block of a cluster. The receiver opens its inbox for a number of bytes before it
- * first arrives at the cluster's barrier; senders write once they have waited there; the receiver waits
- * for the bytes. Nobody waits for the senders' stores to be acknowledged and for a second barrier, which
- * took 1,500 cycles; a block that receives nothing may end while its own are on their way (TRIED 16).
+ * Sums sent from block to block of a cluster. The receiver opens its inbox before it first arrives at the
+ * cluster's barrier; senders write once they have waited there; the receiver says, after a barrier of its
+ * own block, how many bytes it expects, some of which may be there already, and waits for them. Nobody
+ * waits for the senders' stores to be acknowledged and for a second barrier, which took 1,500 cycles; a
+ * block that receives nothing may end while its own are on their way (TRIED 16).
  *
  * sm_90 and later; a trap before.
  */
@@ -11,19 +12,28 @@
 
 #include <cstdint>
 
-/* One thread; the rest of the block learns of it from the cluster's barrier. */
-__device__ __forceinline__ void inbox_open(uint64_t *inbox, uint32_t bytes)
+/* One thread; the others learn of it from the barriers. */
+__device__ __forceinline__ void inbox_open(uint64_t *inbox)
 {
 	uint32_t at = (uint32_t)__cvta_generic_to_shared(inbox);
 
 #if __CUDA_ARCH__ >= 900
 	asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
 	asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+	(void)at;
+	__trap();
+#endif
+}
+
+/* The same thread, after a barrier: before it, racecheck cannot tell the two apart from a race. */
+__device__ __forceinline__ void inbox_expect(uint64_t *inbox, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+	uint32_t at = (uint32_t)__cvta_generic_to_shared(inbox);
+
 	asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
 	             : "memory");
-#else
-	(void)at, (void)bytes;
-	__trap();
 #endif
 }
 

@@ -182,10 +182,10 @@ __device__ __forceinline__ int own_tokens(const kk_router_args &r, int first, in
 
 /* Arrives at the cluster's barrier; ready to receive. */
 template <int NT>
-__device__ __forceinline__ void cluster_begin(const kk_router_args &r, own_sums<NT> *own, int first, place p)
+__device__ __forceinline__ void cluster_begin(own_sums<NT> *own)
 {
 	if (threadIdx.x == 0)
-		inbox_open(&own->inbox, RANKS * own_tokens(r, first, p.rank) * 8 * NT * 4);
+		inbox_open(&own->inbox);
 	__syncwarp();
 	ptx_cluster_arrive();
 }
@@ -202,6 +202,9 @@ __device__ __forceinline__ void cluster_pass(const kk_router_args &r, own_sums<N
 	if (p.warp < GEMM_WARPS)
 		multiply_tiles<NT>(r, w, parts, first, tokens, p);
 	__syncthreads(); /* the parts are written */
+	if (threadIdx.x == 0)
+		inbox_expect(&own->inbox, RANKS * mine * 8 * NT * 4);
+	__syncwarp();
 	ptx_cluster_wait(); /* every block of the cluster runs: its memory may be written */
 	for (int i = threadIdx.x; i < tokens * 2 * NT; i += BLOCK_THREADS) {
 		int token = i / (2 * NT), e = i % (2 * NT) * 4, owner = token / OWN;
@@ -242,7 +245,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, NT < 4 ? 2 : 1) router_resident
 	uint4 w[NT][STEPS];
 
 	ptx_release_successor();
-	cluster_begin<NT>(r, &own, blockIdx.y * PASS, p);
+	cluster_begin<NT>(&own);
 	if (p.warp < GEMM_WARPS)
 		load_weights<NT>(w, r, p);
 	ptx_wait_predecessor();
@@ -393,7 +396,7 @@ router_fused(kk_router_args r, kk_gate_args g, kk_align_args a, int32_t *sync)
 		uint4 w[NT][STEPS];
 
 		ptx_release_successor();
-		cluster_begin<NT>(r, &own, 0, p);
+		cluster_begin<NT>(&own);
 		if (p.warp < GEMM_WARPS)
 			load_weights<NT>(w, r, p);
 		if (p.rank < owners)

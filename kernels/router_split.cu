@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 
 	ptx_release_successor();
 	if (threadIdx.x == 0)
-		inbox_open(inbox, SPLIT * mine * BE * 4);
+		inbox_open(inbox);
 	__syncwarp();
 	ptx_cluster_arrive();
 	copy_rows<form::PANELS, BE, form::THREADS, false>(w, r.w, e0, r.experts, rank);
@@ -164,6 +164,8 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 	}
 	keep_sums<BE>(d, tile);
 	__syncthreads(); /* the tile is written */
+	if (threadIdx.x == 0)
+		inbox_expect(inbox, SPLIT * mine * BE * 4);
 	send_sums<form::OWN, BE, form::THREADS>(tile, sums, inbox, tokens, own, rank);
 	if (mine > 0)
 		inbox_wait(inbox);
