@@ -10,57 +10,31 @@
 #ifndef KK_INBOX_CUH
 #define KK_INBOX_CUH
 
-#include <cstdint>
+#include "ptx.cuh"
 
 /* One thread; the others learn of it from the barriers. */
 __device__ __forceinline__ void inbox_open(uint64_t *inbox)
 {
-	uint32_t at = (uint32_t)__cvta_generic_to_shared(inbox);
-
-#if __CUDA_ARCH__ >= 900
-	asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
-	asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#else
-	(void)at;
-	__trap();
-#endif
+	ptx_mbarrier_init(ptx_shared_address(inbox), 1);
+	ptx_mbarrier_init_done();
 }
 
-/* The same thread, after a barrier: before it, racecheck cannot tell the two apart from a race. */
+/* The same thread, after a barrier: before it, racecheck takes the two for a race. */
 __device__ __forceinline__ void inbox_expect(uint64_t *inbox, uint32_t bytes)
 {
-#if __CUDA_ARCH__ >= 900
-	uint32_t at = (uint32_t)__cvta_generic_to_shared(inbox);
-
-	asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
-	             : "memory");
-#endif
+	ptx_mbarrier_expect(ptx_shared_address(inbox), bytes);
 }
 
 /* Both addresses are ptx_cluster_address's, of one block. */
 __device__ __forceinline__ void inbox_send(uint32_t to, uint32_t inbox, float4 v)
 {
-#if __CUDA_ARCH__ >= 900
-	asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];"
-	             ::"r"(to), "r"(inbox), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-	             : "memory");
-#endif
+	ptx_cluster_send(to, inbox, v);
 }
 
 /* All bytes have arrived. */
 __device__ __forceinline__ void inbox_wait(uint64_t *inbox)
 {
-#if __CUDA_ARCH__ >= 900
-	uint32_t at = (uint32_t)__cvta_generic_to_shared(inbox), done = 0;
-
-	while (!done)
-		asm volatile("{\n.reg .pred p;\n"
-		             "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
-		             "selp.u32 %0, 1, 0, p;\n}"
-		             : "=r"(done)
-		             : "r"(at)
-		             : "memory");
-#endif
+	ptx_mbarrier_wait_cluster(ptx_shared_address(inbox), 0);
 }
 
 #endif

@@ -286,7 +286,7 @@ __device__ __forceinline__ void score_tile(float (&score)[32], uint64_t queries,
 	for (int k = 0; k < WIDTH / 16; k++) {
 		uint64_t on = (k / 4 * COLUMN_BYTES + k % 4 * 32) >> 4;
 
-		ptx_wgmma_64(score, queries + on, tile + on, k > 0);
+		ptx_wgmma<64>(score, queries + on, tile + on, k > 0);
 	}
 	ptx_wgmma_commit();
 	ptx_wgmma_wait<0>();

@@ -166,7 +166,7 @@ __device__ __forceinline__ void issue_scores(float (&score)[64], uint64_t querie
 	for (int k = 0; k < KEY / 16; k++) {
 		uint64_t on = (k / 4 * COLUMN_BYTES + k % 4 * 32) >> 4;
 
-		ptx_wgmma_128(score, queries + on, keys + on, k > 0);
+		ptx_wgmma<128>(score, queries + on, keys + on, k > 0);
 	}
 	ptx_wgmma_commit();
 }

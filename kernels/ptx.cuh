@@ -1,7 +1,6 @@
 /*
- * Every instruction of PTX in the tree, one wrapper each (more in wgmma.cuh, inbox.cuh). Where an
- * architecture lacks one, the wrapper compiles to nothing or to a trap, and says so: the plans choose by
- * compute capability.
+ * Every instruction of PTX in the tree, one wrapper each. Where an architecture lacks one, the wrapper
+ * compiles to nothing or to a trap, and says so: the plans choose by compute capability.
  */
 #ifndef KK_PTX_CUH
 #define KK_PTX_CUH
@@ -134,6 +133,17 @@ __device__ __forceinline__ void ptx_cluster_store(uint32_t address, float v)
 #endif
 }
 
+/* 16 bytes to shared memory, completed there on a barrier; both addresses are ptx_cluster_address's, of one
+ * block. sm_90 and later; nothing before. */
+__device__ __forceinline__ void ptx_cluster_send(uint32_t to, uint32_t barrier, float4 v)
+{
+#if __CUDA_ARCH__ >= 900
+	asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%2, %3, %4, %5}, [%1];"
+	             ::"r"(to), "r"(barrier), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+	             : "memory");
+#endif
+}
+
 /* One arrival at a counter; what this thread has seen written is visible to whoever arrives later. */
 __device__ __forceinline__ int ptx_arrive_acq_rel(int32_t *counter)
 {
@@ -239,6 +249,24 @@ __device__ __forceinline__ void ptx_mbarrier_wait(uint32_t barrier, uint32_t par
 #endif
 }
 
+/* The same where the arrivals, or what they complete, come from other blocks of the cluster. */
+__device__ __forceinline__ void ptx_mbarrier_wait_cluster(uint32_t barrier, uint32_t parity)
+{
+#if __CUDA_ARCH__ >= 900
+	uint32_t done = 0;
+
+	while (!done)
+		asm volatile("{\n.reg .pred p;\n"
+		             "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+		             "selp.u32 %0, 1, 0, p;\n}"
+		             : "=r"(done)
+		             : "r"(barrier), "r"(parity)
+		             : "memory");
+#else
+	__trap();
+#endif
+}
+
 /* A barrier of `threads` of the block's, numbered 1 to 15. */
 __device__ __forceinline__ void ptx_barrier_some(int barrier, int threads)
 {
@@ -303,20 +331,51 @@ __device__ __forceinline__ uint64_t ptx_wgmma_matrix(uint32_t at, uint32_t leadi
 		"+f"((d)[(i) + 5]), "+f"((d)[(i) + 6]), "+f"((d)[(i) + 7])
 
 /*
- * d[64, n] (+)= a[64, 16] b[16, n], bf16 into f32, by a warpgroup. Warp w has rows 16 w .. 16 w + 15;
+ * d[64, N] (+)= a[64, 16] b[16, N], bf16 into f32, by a warpgroup. Warp w has rows 16 w .. 16 w + 15;
  * lane 4g + t holds d (g, 8j + 2t), (g, 8j + 2t + 1), (g + 8, the same two) in d[4j .. 4j + 3], and a as
- * ptx_mma_bf16's. In shared memory a is [64 rows, 16]; b is [n rows, 16], or for the "down" forms
- * [16 rows, n].
+ * ptx_mma_bf16's. In shared memory a is [64 rows, 16]; b is [N rows, 16], or for the "down" forms
+ * [16 rows, N]. Without `add`, d is overwritten.
  */
-__device__ __forceinline__ void ptx_wgmma_64(float (&d)[32], uint64_t a, uint64_t b, bool add)
+template <int N>
+__device__ __forceinline__ void ptx_wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool add);
+
+template <>
+__device__ __forceinline__ void ptx_wgmma<32>(float (&d)[16], uint64_t a, uint64_t b, bool add)
+{
+#if PTX_SM90A
+	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
+	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8)
+	             : "l"(a), "l"(b), "r"((int)add));
+#else
+	__trap();
+#endif
+}
+
+template <>
+__device__ __forceinline__ void ptx_wgmma<48>(float (&d)[24], uint64_t a, uint64_t b, bool add)
+{
+#if PTX_SM90A
+	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23}, %24, %25, p, 1, 1, 0, 0;\n}"
+	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8), PTX_EIGHT(d, 16)
+	             : "l"(a), "l"(b), "r"((int)add));
+#else
+	__trap();
+#endif
+}
+
+template <>
+__device__ __forceinline__ void ptx_wgmma<64>(float (&d)[32], uint64_t a, uint64_t b, bool add)
 {
 #if PTX_SM90A
 	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
 	             "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
 	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
-	             "%30, %31}"
-	             ", %32, %33, p, 1, 1, 0, 0;\n}"
+	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, 0;\n}"
 	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8), PTX_EIGHT(d, 16), PTX_EIGHT(d, 24)
 	             : "l"(a), "l"(b), "r"((int)add));
 #else
@@ -324,17 +383,33 @@ __device__ __forceinline__ void ptx_wgmma_64(float (&d)[32], uint64_t a, uint64_
 #endif
 }
 
-__device__ __forceinline__ void ptx_wgmma_128(float (&d)[64], uint64_t a, uint64_t b, bool add)
+template <>
+__device__ __forceinline__ void ptx_wgmma<96>(float (&d)[48], uint64_t a, uint64_t b, bool add)
+{
+#if PTX_SM90A
+	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+	             "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+	             "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, %48, %49, p, 1, 1, 0, 0;\n}"
+	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8), PTX_EIGHT(d, 16), PTX_EIGHT(d, 24),
+	               PTX_EIGHT(d, 32), PTX_EIGHT(d, 40)
+	             : "l"(a), "l"(b), "r"((int)add));
+#else
+	__trap();
+#endif
+}
+
+template <>
+__device__ __forceinline__ void ptx_wgmma<128>(float (&d)[64], uint64_t a, uint64_t b, bool add)
 {
 #if PTX_SM90A
 	asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
 	             "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
 	             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, "
-	             "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "
-	             "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, "
-	             "%58, %59, %60, %61, %62, %63}"
-	             ", %64, %65, p, 1, 1, 0, 0;\n}"
+	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+	             "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+	             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, 0;\n}"
 	             : PTX_EIGHT(d, 0), PTX_EIGHT(d, 8), PTX_EIGHT(d, 16), PTX_EIGHT(d, 24),
 	               PTX_EIGHT(d, 32), PTX_EIGHT(d, 40), PTX_EIGHT(d, 48), PTX_EIGHT(d, 56)
 	             : "l"(a), "l"(b), "r"((int)add));

@@ -22,7 +22,6 @@
 #include "inbox.cuh"
 #include "ptx.cuh"
 #include "router.h"
-#include "wgmma.cuh"
 
 /*
  * SPLIT blocks, a cluster, share BE experts and 64 WGS tokens, and take CHUNK columns each. All of a
@@ -91,12 +90,12 @@ __device__ __forceinline__ void multiply_panels(float (&d)[BE / 2], uint32_t x, 
 		ptx_copy_wait<PANELS - 1 - P>();
 		ptx_fence_async();
 		__syncthreads(); /* the panel has arrived, for every thread */
-		wgmma_begin();
+		ptx_wgmma_fence();
 #pragma unroll
 		for (int k = 0; k < PANEL / 16; k++)
-			wgmma_step<BE>(d, wgmma_tile(x + P * WGS * 8192) + 2 * k,
-			               wgmma_tile(w + P * BE * 128) + 2 * k, P + k > 0);
-		wgmma_commit();
+			ptx_wgmma<BE>(d, ptx_wgmma_matrix(x + P * WGS * 8192, 16) + 2 * k,
+			              ptx_wgmma_matrix(w + P * BE * 128, 16) + 2 * k, P + k > 0);
+		ptx_wgmma_commit();
 		multiply_panels<PANELS, WGS, BE, P + 1>(d, x, w);
 	}
 }
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 	ptx_wait_predecessor();
 	copy_rows<form::PANELS, form::TOKENS, form::THREADS, true>(x, r.x, first, r.tokens, rank);
 	multiply_panels<form::PANELS, WGS, BE, 0>(d, x + threadIdx.x / 128 * 8192, w);
-	wgmma_wait();
+	ptx_wgmma_wait<0>();
 	ptx_cluster_wait(); /* every block of the cluster runs: its memory may be written */
 	if (form::SHARED) {
 		ptx_cluster_arrive();
