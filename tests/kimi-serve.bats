@@ -68,6 +68,18 @@ stop() {
 	[[ "$output" == *"--device cuda: "* ]]
 }
 
+@test "a table that must be there: for a GPU only" {
+	run "$serve" --model-path "$model" --explain --require-tuned --device cpu
+	[ "$status" -eq 2 ]
+	[[ "$output" == *"--require-tuned goes with a GPU"* ]]
+	if nvidia-smi -L >/dev/null 2>&1; then
+		skip "there is a GPU"
+	fi
+	run "$serve" --model-path "$model" --explain --require-tuned
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"--require-tuned asks for a GPU's table: "* ]]
+}
+
 @test "kernel choices are explained" {
 	run "$serve" --model-path "$model" --explain $small
 	[ "$status" -eq 0 ]

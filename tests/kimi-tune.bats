@@ -11,6 +11,11 @@ setup() {
 	H100="NVIDIA H100 80GB HBM3"
 }
 
+# The tables are those of the test, not the source tree's.
+kimi-tune() {
+	command kimi-tune --configs configs "$@"
+}
+
 # A table of one entry for TP 8, of a tile that exists.
 make_table() {
 	mkdir -p configs/cuda_13_0
@@ -145,6 +150,35 @@ file_of() {
 		run kimi-tune --explain --require-tuned --tp-size $((1024 / n)) --device "$name" --tokens 1,100,8192
 		[ "$status" -eq 0 ] || { echo "$table: $output"; return 1; }
 		[[ $output == *"tuning: entry 1 of $table"* ]]
+	done
+}
+
+@test "tables are looked for where the program was built, or installed beside it" {
+	run command kimi-tune --dry-run --device "$H100" --tokens 1
+	[[ $output == *"file    $(realpath "$ROOT")/configs/cuda_13_0/E=384"* ]]
+	mkdir -p usr/bin usr/share/kimi
+	cp "$KIMI_BIN/kimi-tune" usr/bin/
+	make_table
+	cp -R configs usr/share/kimi/
+	for root in "$PWD" /; do
+		run sh -c "cd $root && '$PWD/usr/bin/kimi-tune' --explain --require-tuned --tp-size 8 --device '$H100' --tokens 8"
+		[ "$status" -eq 0 ]
+		[[ $output == *"tuning: entry 8 of $PWD/usr/share/kimi/$TABLE" ]]
+	done
+}
+
+@test "what is installed finds the committed tables" {
+	make -s -C "$ROOT" -o all BUILD="$(realpath "$KIMI_BIN/..")" install DESTDIR="$PWD/root" PREFIX=/usr >/dev/null
+	cd "$ROOT" || return 1
+	for table in configs/cuda_*/E=*.json; do
+		[ -e "$table" ] || skip "there are none"
+		cmp "$table" "$BATS_TEST_TMPDIR/root/usr/share/kimi/$table"
+		n=$(echo "$table" | sed 's/.*,N=\([0-9]*\),.*/\1/')
+		name=$(echo "$table" | sed 's/.*device_name=\([^,]*\),.*/\1/; s/_/ /g')
+		run "$BATS_TEST_TMPDIR/root/usr/bin/kimi-tune" --explain --require-tuned --tp-size $((1024 / n)) \
+			--device "$name" --tokens 1
+		[ "$status" -eq 0 ] || { echo "$table: $output"; return 1; }
+		[[ $output == *"tuning: entry 1 of $BATS_TEST_TMPDIR/root/usr/share/kimi/$table"* ]]
 	done
 }
 

@@ -378,6 +378,63 @@ static void lookups_say_what_missed(void **state)
 	free(path);
 }
 
+static void only_the_general_form_has_no_table(void **state)
+{
+	km_moe_tune_context c = context_of(8, 1);
+	km_tune_key key;
+	km_moe_tuning t;
+	km_err err;
+
+	(void)state;
+	c.problem.hidden = 128; /* no tile fits */
+	key = km_moe_tune_key(&c.problem, "X", 13000);
+	assert_int_equal(km_moe_tuning_open(&t, "/nowhere", &key, &c, false, &err), 0);
+	assert_false(t.found);
+	assert_non_null(strstr(t.why.data, "only the general form takes these experts"));
+	km_moe_tuning_release(&t);
+	assert_int_equal(km_moe_tuning_open(&t, "/nowhere", &key, &c, true, &err), KM_ENOTFOUND);
+	assert_non_null(strstr(err.msg, "only the general form takes these experts"));
+	km_moe_tuning_release(&t);
+}
+
+static void expect_root(const char *program, const char *want)
+{
+	char *root = km_tune_root_of(program);
+
+	assert_string_equal(root, want);
+	free(root);
+}
+
+/* DIR/a/b/bin/tool: DIR/configs, until DIR/a/b/share/kimi/configs is there. */
+static void tables_lie_beside_the_program(void **state)
+{
+	static const char *const folders[] = { "a", "a/b", "a/b/bin", "configs", "a/b/share",
+		                               "a/b/share/kimi", "a/b/share/kimi/configs" };
+	char *temp = temp_dir(), *dir = realpath(temp, NULL);
+	char *program = km_xasprintf("%s/a/b/bin/tool", dir);
+	char *built = km_xasprintf("%s/configs", dir);
+	char *installed = km_xasprintf("%s/a/b/share/kimi/configs", dir);
+	char *neither = km_xasprintf("%s/a/b/bin/../share/kimi/configs", dir);
+
+	(void)state;
+	for (int i = 0; i < 7; i++) {
+		char *folder = km_xasprintf("%s/%s", dir, folders[i]);
+
+		assert_int_equal(mkdir(folder, 0777), 0);
+		free(folder);
+		if (i >= 2)
+			expect_root(program, i == 2 ? neither : i < 6 ? built : installed);
+	}
+	for (int i = 6; i >= 0; i--)
+		remove_dir(km_xasprintf("%s/%s", dir, folders[i]));
+	remove_dir(temp);
+	free(program);
+	free(built);
+	free(installed);
+	free(neither);
+	free(dir);
+}
+
 static void a_plan_takes_the_nearest_entry_that_fits(void **state)
 {
 	km_moe_tune_context c = context_of(8, 1);
@@ -753,7 +810,7 @@ static int run_search(struct fake *f, const char *path, bool resume, bool json, 
 
 static void a_stopped_run_is_resumed(void **state)
 {
-	char *dir = temp_dir(), *path = km_xasprintf("%s/deep/er/t.json", dir), *text;
+	char *dir = temp_dir(), *path = km_xasprintf("%s/deep/er/t.json", dir), *text, *beyond;
 	km_moe_tune_context c = context_of(8, 1);
 	km_tune_problem problem = km_moe_tune_problem(&c.problem);
 	km_tune_schema schema = km_moe_tune_schema(&c);
@@ -793,6 +850,15 @@ static void a_stopped_run_is_resumed(void **state)
 	assert_int_equal(run_search(&f, path, true, false, &text, &err), 0);
 	assert_int_equal(f.prepared, 0);
 	free(text);
+
+	/* where nothing can be written nothing is timed */
+	f = fake_of(2);
+	beyond = km_xasprintf("%s/below", path);
+	assert_int_equal(run_search(&f, beyond, false, false, &text, &err), KM_EIO);
+	assert_int_equal(f.prepared, 0);
+	assert_int_equal(f.samples, 0);
+	free(text);
+	free(beyond);
 	remove_dir(km_xasprintf("%s/deep/er", dir));
 	remove_dir(km_xasprintf("%s/deep", dir));
 	remove_dir(dir);
@@ -808,6 +874,8 @@ int main(void)
 		cmocka_unit_test(hostile_files_are_sentences),
 		cmocka_unit_test(every_candidate_is_legal),
 		cmocka_unit_test(lookups_say_what_missed),
+		cmocka_unit_test(only_the_general_form_has_no_table),
+		cmocka_unit_test(tables_lie_beside_the_program),
 		cmocka_unit_test(a_plan_takes_the_nearest_entry_that_fits),
 		cmocka_unit_test(the_fastest_wins),
 		cmocka_unit_test(within_noise_the_plan_stays),

@@ -14,6 +14,7 @@
 #include "base/option.h"
 #include "base/outfile.h"
 #include "device/cuda.h"
+#include "device/tune.h"
 #include "wire/batch_lines.h"
 #include "wire/serve.h"
 
@@ -22,13 +23,13 @@ enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 struct options {
 	const char *model, *name, *host, *api_key, *kv_dtype, *template, *tool_parser,
 		*reasoning_parser;
-	const char *sampling, *log_level, *isa, *device, *accepted, *expert_stats;
+	const char *sampling, *log_level, *isa, *device, *accepted, *expert_stats, *moe_configs;
 	int64_t port, max_body, max_connections, context, running, queued, total_tokens, chunk,
 		page, threads;
 	int64_t stream_buffer, tp, pp, dp, ep, dcp, nodes;
 	double memory, request_timeout, stream_timeout, keepalive, drain;
 	bool batch, plan, explain, log_requests, no_prefix_cache, no_graphs, deterministic, quiet;
-	bool rewrite_ids;
+	bool rewrite_ids, require_tuned;
 };
 
 #define AT(field) offsetof(struct options, field)
@@ -133,6 +134,10 @@ static const km_option table[] = {
 	       "where to compute (default auto: a GPU when there is one, else the CPU)"),
 	FLAG("disable-cuda-graph,enforce-eager", no_graphs,
 	     "on a GPU, launch every step kernel by kernel; the tokens are the same"),
+	STRING("moe-config-dir", "DIR", moe_configs,
+	       "on a GPU, kimi-tune's tables (default: the installed ones)"),
+	FLAG("require-tuned", require_tuned,
+	     "on a GPU, refuse int4 experts that no table is for"),
 	INT("threads", threads, 1, 4096, "threads to compute with (default: all processors)"),
 	CHOICE("isa", "NAME", isa, "avx512|avx2|plain",
 	       "CPU kernels to use (default: the best that the processor has)"),
@@ -287,6 +292,7 @@ static void engine_options(const struct options *o, km_engine_options *e)
 	e->threads = (int)o->threads;
 	e->isa = o->isa;
 	e->disable_graphs = o->no_graphs;
+	e->require_tuned = o->require_tuned;
 	e->quiet = o->quiet;
 }
 
@@ -308,8 +314,23 @@ static int choose_device(const struct options *o, km_engine_options *e, km_err *
 	}
 	if (!strcmp(o->device, "cuda"))
 		return km_fail(err, why.code, "--device cuda: %s", why.msg);
+	if (o->require_tuned)
+		return km_fail(err, KM_EUNSUPPORTED, "--require-tuned asks for a GPU's table: %s", why.msg);
 	km_log(KM_LOG_INFO, "computing on the CPU: %s", why.msg);
 	return 0;
+}
+
+/* Where tables are looked for; what is returned is the caller's, and kept by the options. A folder that
+ * other engines' scripts name holds their tables, whose tiles are of other kernels. */
+static char *find_tables(const struct options *o, km_engine_options *e)
+{
+	char *own = o->moe_configs ? NULL : km_tune_own_root();
+
+	if (own && getenv("SGLANG_MOE_CONFIG_DIR"))
+		km_log(KM_LOG_INFO, "SGLANG_MOE_CONFIG_DIR is not read: SGLang's tables are of Triton's "
+		       "kernels; --moe-config-dir names a folder of kimi-tune's");
+	e->moe_config_dir = own ? own : o->moe_configs;
+	return own;
 }
 
 static int print_plan(const km_engine_options *options)
@@ -458,6 +479,8 @@ static int check(const struct options *o, km_err *err)
 		               "--dcp-size, --nnodes) other than 1 are not built");
 	if (o->batch + o->plan + o->explain > 1)
 		return km_fail(err, KM_EINVAL, "--batch, --plan and --explain exclude each other");
+	if (o->require_tuned && !strcmp(o->device, "cpu"))
+		return km_fail(err, KM_EINVAL, "--require-tuned goes with a GPU: the CPU's experts have no table");
 	if (o->api_key && !*o->api_key)
 		return km_fail(err, KM_EINVAL, "--api-key is empty, which would be no key");
 	if (o->batch && o->queued)
@@ -494,6 +517,7 @@ int main(int argc, char **argv)
 		.nodes = 1,
 	};
 	km_engine_options engine;
+	char *tables;
 	int operands, rc;
 	km_err err;
 
@@ -511,5 +535,10 @@ int main(int argc, char **argv)
 	engine_options(&o, &engine);
 	if (choose_device(&o, &engine, &err) < 0)
 		return complain(&err);
-	return o.plan ? print_plan(&engine) : run(&o, &engine);
+	if (engine.backend != KM_BACKEND_CUDA)
+		return o.plan ? print_plan(&engine) : run(&o, &engine);
+	tables = find_tables(&o, &engine);
+	rc = o.plan ? print_plan(&engine) : run(&o, &engine);
+	free(tables);
+	return rc;
 }

@@ -57,8 +57,8 @@ static const km_option options[] = {
 	  "time for one token count, checks included (default 1)", 0.01, 86400, NULL },
 	{ KM_OPT_FLAG, "resume", NULL, AT(resume), "keep the token counts that the file has", 0, 0,
 	  NULL },
-	{ KM_OPT_STRING, "configs", "DIR", AT(configs), "the folder of tables (default configs)", 0,
-	  0, NULL },
+	{ KM_OPT_STRING, "configs,moe-config-dir", "DIR", AT(configs),
+	  "the folder of tables (default: the one that kimi-serve reads)", 0, 0, NULL },
 	{ KM_OPT_STRING, "output", "FILE", AT(output),
 	  "write to FILE, not to its place under --configs", 0, 0, NULL },
 	{ KM_OPT_STRING, "device", "NAME", AT(device),
@@ -162,7 +162,7 @@ static int make_shape(const struct values *v, km_moe_problem *p, km_err *err)
 struct job {
 	const struct values *v;
 	km_moe_target target;
-	char *path;
+	char *root, *path;
 	int tokens[MAX_COUNTS], count;
 };
 
@@ -203,10 +203,9 @@ static void print(km_buf *out)
 static int explain(struct job *j, km_err *err)
 {
 	km_buf out = KM_BUF_INIT;
-	const char *root = j->v->configs ? j->v->configs : "configs";
 	km_moe_problem p = j->target.context.problem;
 	km_moe_tuning tuning;
-	int rc = km_moe_tuning_open(&tuning, root, &j->target.key, &j->target.context,
+	int rc = km_moe_tuning_open(&tuning, j->root, &j->target.key, &j->target.context,
 	                            j->v->require, err);
 
 	if (rc >= 0)
@@ -247,13 +246,13 @@ static int dry_run(struct job *j, km_err *err)
 static int run(struct job *j, km_err *err)
 {
 	const struct values *v = j->v;
-	const char *root = v->configs ? v->configs : "configs";
 	km_moe_search search;
 	km_moe_problem p;
 
 	KM_TRY(make_shape(v, &p, err));
 	KM_TRY(km_moe_target_make(&j->target, &p, v->device, err));
-	j->path = v->output ? km_xstrdup(v->output) : km_tune_path(root, &j->target.key);
+	j->root = v->configs ? km_xstrdup(v->configs) : km_tune_own_root();
+	j->path = v->output ? km_xstrdup(v->output) : km_tune_path(j->root, &j->target.key);
 	if (v->dry_run || v->explain)
 		return v->dry_run ? dry_run(j, err) : explain(j, err);
 	if (v->check)
@@ -291,5 +290,6 @@ int main(int argc, char **argv)
 		rc = EXIT_FAILED;
 	}
 	free(j.path);
+	free(j.root);
 	return rc < 0 ? EXIT_FAILED : rc;
 }

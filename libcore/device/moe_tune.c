@@ -73,6 +73,11 @@ int km_moe_tuning_open(km_moe_tuning *tuning, const char *root, const km_tune_ke
 	int rc;
 
 	*tuning = (km_moe_tuning){ .why = KM_BUF_INIT };
+	if (!km_moe_candidates(&context->problem, &context->device, NULL, 0)) {
+		km_buf_puts(&tuning->why, "only the general form takes these experts on this GPU, and it "
+		                          "has no tiles");
+		return required ? km_fail(err, KM_ENOTFOUND, "%s", tuning->why.data) : 0;
+	}
 	rc = km_tune_find(&tuning->table, root, key, &problem, &schema, required, &tuning->why,
 	                  err);
 	tuning->found = rc > 0;

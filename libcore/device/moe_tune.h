@@ -5,7 +5,7 @@
  * The table of E experts and N columns is read once; then each plan takes the entry of its token
  * count, or else of the nearest, with no more stages than fit at this count. Where there is no
  * table, or its tile does not fit, the plan makes its own choice, and km_moe_tuning_explain says
- * which it was.
+ * which it was. A shape that only the general form takes has no tiles: no table is looked for.
  */
 #ifndef KM_DEVICE_MOE_TUNE_H
 #define KM_DEVICE_MOE_TUNE_H

@@ -55,6 +55,39 @@ char *km_tune_path(const char *root, const km_tune_key *key)
 	return km_xasprintf("%s/%s/%s", root, dir, name);
 }
 
+static bool is_folder(const char *path)
+{
+	struct stat st;
+
+	return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+char *km_tune_root_of(const char *program)
+{
+	const char *end = strrchr(program, '/');
+	char *folder = km_xasprintf("%.*s", end ? (int)(end - program) : 1, end ? program : ".");
+	char *installed = km_xasprintf("%s/../share/kimi/configs", folder);
+	char *built = km_xasprintf("%s/../../../configs", folder);
+	char *root = !is_folder(installed) && is_folder(built) ? built : installed, *real;
+
+	free(root == built ? installed : built);
+	free(folder);
+	real = realpath(root, NULL);
+	if (!real)
+		return root;
+	free(root);
+	return real;
+}
+
+char *km_tune_own_root(void)
+{
+	char *program = realpath("/proc/self/exe", NULL);
+	char *root = km_tune_root_of(program ? program : "");
+
+	free(program);
+	return root;
+}
+
 /* ---- reading -------------------------------------------------------------------------------- */
 
 enum { PROBLEM = 4 };
@@ -281,6 +314,18 @@ static int make_folders(const char *path, km_err *err)
 		*s = '/';
 	}
 	free(copy);
+	return rc;
+}
+
+int km_tune_make_place(const char *path, km_err *err)
+{
+	const char *end = strrchr(path, '/');
+	char *folder = km_xasprintf("%.*s", end ? (int)(end - path) + 1 : 1, end ? path : ".");
+	int rc = make_folders(path, err);
+
+	if (rc >= 0 && access(folder, W_OK | X_OK) < 0)
+		rc = km_fail(err, KM_EIO, "%s: cannot be written there: %s", path, strerror(errno));
+	free(folder);
 	return rc;
 }
 

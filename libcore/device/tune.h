@@ -77,6 +77,12 @@ void km_tune_file_name(const km_tune_key *key, char out[KM_TUNE_NAME]);
 void km_tune_dir_name(const km_tune_key *key, char out[32]);
 char *km_tune_path(const char *root, const km_tune_key *key); /* owned by the caller */
 
+/* ROOT of the tables that belong to a program: ../share/kimi/configs beside an installed one's
+ * folder, ../../../configs beside one that lies where it was built; the former when there is
+ * neither. Owned by the caller. km_tune_own_root: of this program. */
+char *km_tune_root_of(const char *program);
+char *km_tune_own_root(void);
+
 /* Reads a file. KM_ENOTFOUND when it is not there or is for another problem; KM_EUNSUPPORTED for
  * SGLang's and vLLM's, whose tiles are of other kernels; KM_EFORMAT for what is no table. */
 int km_tune_read(km_tune_table *table, const char *path, const km_tune_problem *problem,
@@ -90,6 +96,8 @@ void km_tune_release(km_tune_table *table); /* also after a failure */
 void km_tune_put(km_tune_table *table, const km_tune_entry *entry);
 void km_tune_format(const km_tune_table *table, const km_tune_problem *problem,
                     const km_tune_schema *schema, km_buf *out);
+/* Makes the folders of `path` and says whether a file can be written there, before work is spent on one. */
+int km_tune_make_place(const char *path, km_err *err);
 /* Makes the folders, and the file whole or not at all. */
 int km_tune_write(const km_tune_table *table, const char *path, const km_tune_problem *problem,
                   const km_tune_schema *schema, km_err *err);

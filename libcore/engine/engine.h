@@ -96,6 +96,8 @@ typedef struct km_engine_options {
 	enum km_backend_kind backend;
 	int gpu;                   /* of KM_BACKEND_CUDA */
 	bool disable_graphs;       /* on a GPU */
+	const char *moe_config_dir; /* on a GPU: the folder of tuning files, kept; NULL: none */
+	bool require_tuned;        /* on a GPU: refuse experts without a tuning file */
 	bool quiet;                /* no progress on stderr */
 } km_engine_options;
 

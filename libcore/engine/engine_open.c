@@ -105,6 +105,8 @@ static void decide_shape(const km_engine_options *o, const km_config *config, de
 		.gpu = o->gpu,
 		.page_size = o->page_size,
 		.disable_graphs = o->disable_graphs,
+		.moe_config_dir = o->moe_config_dir,
+		.require_tuned = o->require_tuned,
 		.quiet = o->quiet,
 	};
 }

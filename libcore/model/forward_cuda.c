@@ -516,7 +516,7 @@ static int routed_experts(const km_model *m, const km_gpu_layer *layer, int toke
 	km_moe_plan plan;
 
 	KM_TRY(OP(g, KM_STEP_ROUTER, route(m, layer, tokens, err)));
-	KM_TRY(km_moe_plan_make(&plan, &problem, &device, NULL, err));
+	KM_TRY(km_moe_tuning_plan(&plan, &g->tuning, &problem, &device, NULL, err));
 	return OP(g, KM_STEP_EXPERTS,
 	          km_cuda_moe_run(g->cuda, &plan, &problem, &buffers, err));
 }

@@ -402,6 +402,8 @@ int km_gpu_open(km_model *m, const km_model_plan *plan, km_err *err)
 	g->pdl = g->info.capability >= 90;
 	open_blas(g);
 	KM_TRY(check_router(g, &m->config, err));
+	if (moe_layer(&m->config) >= 0)
+		KM_TRY(km_gpu_tuning_open(g, m, moe_layer(&m->config), err));
 	KM_TRY(km_gpu_weights_load(&g->weights, g->cuda, &m->config, &m->weights, &m->options,
 	                           err));
 	g->loaded_bytes = plan->weight_bytes;
@@ -421,6 +423,7 @@ void km_gpu_close(km_gpu *g)
 	if (!g)
 		return;
 	km_gpu_weights_release(&g->weights);
+	km_moe_tuning_release(&g->tuning);
 	for (int i = 0; i < g->forms; i++)
 		km_cuda_graph_free(g->form[i].graph);
 	if (g->cuda) {
@@ -462,8 +465,10 @@ static void explain_moe(const km_model *m, const km_gpu_layer *l, km_buf *out)
 
 		if (km_router_plan_make(&router, &shape, &device, NULL) >= 0)
 			km_router_plan_explain(&router, &shape, &device, out);
-		if (km_moe_plan_make(&moe, &problem, &moe_device, NULL, NULL) >= 0)
-			km_moe_plan_explain(&moe, &problem, &moe_device, out);
+		if (km_moe_tuning_plan(&moe, &g->tuning, &problem, &moe_device, NULL, NULL) < 0)
+			continue;
+		km_moe_plan_explain(&moe, &problem, &moe_device, out);
+		km_moe_tuning_explain(&g->tuning, &problem, &moe_device, out);
 	}
 }
 

@@ -22,6 +22,7 @@
 #include "device/cuda_moe.h"
 #include "device/cuda_ops.h"
 #include "device/cuda_router.h"
+#include "device/moe_tune.h"
 #include "model/forward.h"
 #include "model/step_op.h"
 
@@ -107,6 +108,7 @@ typedef struct km_gpu {
 	km_gpu_weights weights;
 	km_gpu_buffers b;
 	km_linear_device linear;
+	km_moe_tuning tuning; /* of the experts' tiles */
 	km_err no_blas; /* why cuBLASLt is not there, when it is not */
 	char *kv;       /* device, [layers, kv_slots, kv_lora_rank + rope] */
 	size_t kv_layer_bytes;
@@ -137,6 +139,11 @@ int km_gpu_plan(const km_config *config, const km_model_options *options, km_mod
                 km_err *err);
 int km_gpu_open(km_model *model, const km_model_plan *plan, km_err *err);
 void km_gpu_close(km_gpu *gpu);
+
+/* The experts' tuning file: looked up once, before any weight is read, and said on stderr: which it is, or
+ * which part of its name missed. Without options.moe_config_dir there is none. KM_ENOTFOUND without one
+ * where options.require_tuned is set. */
+int km_gpu_tuning_open(km_gpu *gpu, const km_model *model, int moe_layer, km_err *err);
 void km_gpu_explain(const km_model *model, km_buf *out);
 
 extern const km_steps km_gpu_steps;

@@ -35,6 +35,8 @@ typedef struct km_model_options {
 	int gpu;                    /* of KM_BACKEND_CUDA, counted from 0 */
 	int page_size;              /* the least that a batch's pages have; 0: 1 */
 	bool disable_graphs;        /* of KM_BACKEND_CUDA: launch every step kernel by kernel */
+	const char *moe_config_dir; /* of KM_BACKEND_CUDA: the folder of tuning files, kept; NULL: none */
+	bool require_tuned;         /* of KM_BACKEND_CUDA: experts without a tuning file are refused */
 	bool quiet;                 /* no progress on stderr */
 	/* The norms of q_a and kv_a take rms_norm_eps, as the serving engines do. Transformers
 	 * takes its class default 1e-6 there whatever the config says; this does the same, for

@@ -151,8 +151,14 @@ static int run(struct job *j, km_err *err)
 	if (j->s->resume)
 		KM_TRY(resume(j, err));
 	o.count = j->count;
-	if (o.count)
+	if (o.count) {
 		KM_TRY(open_backend(j, &backend, &opened, err));
+		rc = km_tune_make_place(j->s->path, err);
+	}
+	if (rc < 0) {
+		close_backend(opened);
+		return rc;
+	}
 	if (!j->s->json) {
 		km_moe_target_describe(j->s->target, j->s->path, &j->line);
 		km_buf_putc(&j->line, '\n');
