@@ -248,20 +248,37 @@ static int place_packed(placer *p, const km_layer_weights *w, km_moe_weights *to
 	return rc;
 }
 
+/* The kernels read all experts of a layer in one way: one that the quantiser left alone, among others,
+ * cannot be there. */
+static int check_alike(const placer *p, const km_layer_weights *w, const km_moe_weights *to,
+                       km_err *err)
+{
+	for (int e = 0; e < p->config->n_routed_experts; e++) {
+		const km_weight *all[] = { &w->expert_gate[e], &w->expert_up[e],
+			                   &w->expert_down[e] };
+
+		if (to->packed && w->packed_gate_up && w->packed_gate_up[e] && w->packed_down[e])
+			continue;
+		for (int i = 0; i < 3; i++)
+			if (!all[i]->rows || all[i]->type != to->type ||
+			    all[i]->scale_dtype != to->scale_dtype ||
+			    (to->packed && all[i]->group != to->group))
+				return km_fail(err, KM_EUNSUPPORTED,
+				               "on a GPU the experts of a layer have one type of "
+				               "weight, and those of this checkpoint do not: "
+				               "expert %d is another than expert 0",
+				               e);
+	}
+	return 0;
+}
+
 static int place_experts(placer *p, const km_layer_weights *w, km_moe_weights *to, km_err *err)
 {
-	const km_weight *gate = &w->expert_gate[0];
-
 	*to = km_gpu_experts_shape(p->config, w);
+	if (p->cuda)
+		KM_TRY(check_alike(p, w, to, err));
 	if (to->packed)
 		return place_packed(p, w, to, err);
-	for (int e = 0; e < p->config->n_routed_experts; e++)
-		if (w->expert_up[e].type != gate->type || w->expert_down[e].type != gate->type ||
-		    w->expert_gate[e].type != gate->type)
-			return km_fail(err, KM_EUNSUPPORTED,
-			               "on a GPU the experts of a layer have one type of weight, "
-			               "and those "
-			               "of this checkpoint do not");
 	KM_TRY(place_matrix(p, w->expert_gate, to->group, &to->gate, err));
 	KM_TRY(place_matrix(p, w->expert_up, to->group, &to->up, err));
 	return place_matrix(p, w->expert_down, to->group, &to->down, err);
