@@ -103,7 +103,7 @@ int main(int argc, char **argv)
 			km_request_free(requests[i]);
 		}
 	}
-	for (int i = 0; i < KM_OP_COUNT; i++)
+	for (int i = 0; i < KM_STEP_COUNT; i++)
 		model += (double)trace.op[i].ns * 1e-9;
 	total = t.last - t.start;
 	printf("%d streams, %d prompt tokens, %d tokens each\n", streams, prompt_len, tokens);

@@ -132,7 +132,7 @@ static void finish(struct speed *best, const km_model_trace *trace, double secon
 	if (best->seconds && seconds >= best->seconds)
 		return;
 	*best = (struct speed){ .seconds = seconds, .trace = *trace };
-	for (int i = 0; i < KM_OP_COUNT; i++) {
+	for (int i = 0; i < KM_STEP_COUNT; i++) {
 		best->bytes += trace->op[i].bytes;
 		best->flops += trace->op[i].flops;
 	}
@@ -175,13 +175,13 @@ static double measure(struct run *r, const struct values *v, struct speed *prefi
 
 static void show_ops(const char *what, const struct speed *s, double tokens)
 {
-	printf("%s, by op:\n%-12s %9s %7s %9s %9s %9s\n", what, "op", "us/token", "share", "calls",
+	printf("%s, by op:\n%-14s %9s %7s %9s %9s %9s\n", what, "op", "us/token", "share", "calls",
 	       "GB/s", "GFLOP/s");
-	for (int i = 0; i < KM_OP_COUNT; i++) {
+	for (int i = 0; i < KM_STEP_COUNT; i++) {
 		const struct km_op_total *t = &s->trace.op[i];
 
 		if (t->calls)
-			printf("%-12s %9.1f %6.1f%% %9lld %9.2f %9.2f\n", km_op_name((enum km_op)i),
+			printf("%-14s %9.1f %6.1f%% %9lld %9.2f %9.2f\n", km_step_op_name((enum km_step_op)i),
 			       (double)t->ns * 1e-3 / tokens, (double)t->ns * 1e-7 / s->seconds,
 			       (long long)t->calls, t->bytes / (double)t->ns,
 			       t->flops / (double)t->ns);

@@ -8,23 +8,24 @@
 
 #include "base/clock.h"
 
-/* Runs an op; with a trace, times it and adds its cost. */
-#define RUN(model, kind, function, args)                                                           \
+/* Runs an op as (a part of) the step's op `part`; with a trace, times it and adds its cost. */
+#define RUN(model, part, kind, function, args)                                                     \
 	do {                                                                                       \
 		int64_t run_start_ = (model)->trace ? km_now_ns() : 0;                             \
 		(model)->ops->function(args);                                                      \
 		if ((model)->trace)                                                                \
-			add_to_trace((model)->trace, kind, args, km_now_ns() - run_start_);        \
+			add_to_trace(&(model)->trace->op[part], kind, args,                        \
+			             km_now_ns() - run_start_);                                    \
 	} while (0)
 
-static void add_to_trace(km_model_trace *trace, enum km_op op, const void *args, int64_t ns)
+static void add_to_trace(struct km_op_total *total, enum km_op op, const void *args, int64_t ns)
 {
 	km_cost cost = km_op_cost(op, args);
 
-	trace->op[op].calls++;
-	trace->op[op].ns += ns;
-	trace->op[op].bytes += cost.bytes;
-	trace->op[op].flops += cost.flops;
+	total->calls++;
+	total->ns += ns;
+	total->bytes += cost.bytes;
+	total->flops += cost.flops;
 }
 
 static void *layer_cache(const km_model *m, int layer)
@@ -32,31 +33,27 @@ static void *layer_cache(const km_model *m, int layer)
 	return (char *)m->kv + m->kv_layer_bytes * (size_t)layer;
 }
 
-static void linear(km_model *m, int tokens, const float *x, const km_weight *w, float *y)
+static void linear(km_model *m, enum km_step_op part, int tokens, const float *x,
+                   const km_weight *w, float *y)
 {
 	km_linear_args args = { tokens, x, w->cols, w, y, w->rows, false };
 
-	RUN(m, KM_OP_LINEAR, linear, &args);
+	RUN(m, part, KM_OP_LINEAR, linear, &args);
 }
 
-/* y = norm(in), rows of `stride` in, packed rows out. */
-static void norm(km_model *m, int tokens, int size, float *in, int stride, const float *weight, float *y)
+static float lora_eps(const km_model *m)
 {
-	double eps = m->options.hf_lora_norm_eps ? 1e-6 : m->config.rms_norm_eps;
-	km_rmsnorm_args args = { tokens, size, in, stride, NULL, weight, (float)eps, y, size };
-
-	RUN(m, KM_OP_RMSNORM, rmsnorm, &args);
+	return m->options.hf_lora_norm_eps ? 1e-6f : (float)m->config.rms_norm_eps;
 }
 
 /* stream += delta (when given), y = norm(stream). */
-static void add_and_norm(km_model *m, int tokens, float *stream, const float *delta, const float *weight,
-                         float *y)
+static km_rmsnorm_args add_and_norm(const km_model *m, int tokens, float *stream, const float *delta,
+                                    const float *weight, float *y)
 {
 	int size = m->config.hidden_size;
-	km_rmsnorm_args args = { tokens, size, stream, size, delta, weight,
-		                 (float)m->config.rms_norm_eps, y, size };
 
-	RUN(m, KM_OP_RMSNORM, rmsnorm, &args);
+	return (km_rmsnorm_args){ tokens, size, stream, size, delta, weight,
+		                  (float)m->config.rms_norm_eps, y, size };
 }
 
 static void rope(km_model *m, const km_batch *batch, float *x, int heads, int token_stride, int head_stride)
@@ -66,7 +63,7 @@ static void rope(km_model *m, const km_batch *batch, float *x, int heads, int to
 		batch->positions, m->cos_sin,
 	};
 
-	RUN(m, KM_OP_ROPE, rope, &args);
+	RUN(m, KM_STEP_ROPE_KV, KM_OP_ROPE, rope, &args);
 }
 
 /* q: [tokens, heads, nope + rope], the rope part rotated. */
@@ -74,14 +71,16 @@ static void queries(km_model *m, const km_layer_weights *w, const km_batch *batc
 {
 	const km_config *c = &m->config;
 	km_step_buffers *s = &m->step;
-	int head = c->qk_nope_head_dim + c->qk_rope_head_dim;
+	int head = c->qk_nope_head_dim + c->qk_rope_head_dim, lora = c->q_lora_rank;
+	km_rmsnorm_args norm = { batch->tokens, lora, s->q_a, lora, NULL, w->q_a_norm,
+		                 lora_eps(m), s->q_a_normed, lora };
 
-	if (c->q_lora_rank) {
-		linear(m, batch->tokens, s->normed, &w->q_a, s->q_a);
-		norm(m, batch->tokens, c->q_lora_rank, s->q_a, c->q_lora_rank, w->q_a_norm, s->q_a_normed);
-		linear(m, batch->tokens, s->q_a_normed, &w->q_b, s->q);
+	if (lora) {
+		linear(m, KM_STEP_QKV_A, batch->tokens, s->normed, &w->q_a, s->q_a);
+		RUN(m, KM_STEP_Q_A_NORM, KM_OP_RMSNORM, rmsnorm, &norm);
+		linear(m, KM_STEP_Q_B, batch->tokens, s->q_a_normed, &w->q_b, s->q);
 	} else {
-		linear(m, batch->tokens, s->normed, &w->q_proj, s->q);
+		linear(m, KM_STEP_Q_B, batch->tokens, s->normed, &w->q_proj, s->q);
 	}
 	rope(m, batch, s->q + c->qk_nope_head_dim, c->num_attention_heads, km_config_q_width(c), head);
 }
@@ -96,11 +95,13 @@ static void keys(km_model *m, const km_layer_weights *w, const km_batch *batch, 
 		batch->tokens, latent, c->qk_rope_head_dim, s->latent, latent,
 		s->kv_a + latent, width, batch->slots, cache, m->options.kv_dtype,
 	};
+	km_rmsnorm_args norm = { batch->tokens, latent, s->kv_a, width, NULL, w->kv_a_norm,
+		                 lora_eps(m), s->latent, latent };
 
-	linear(m, batch->tokens, s->normed, &w->kv_a, s->kv_a);
-	norm(m, batch->tokens, latent, s->kv_a, width, w->kv_a_norm, s->latent);
+	linear(m, KM_STEP_QKV_A, batch->tokens, s->normed, &w->kv_a, s->kv_a);
+	RUN(m, KM_STEP_ROPE_KV, KM_OP_RMSNORM, rmsnorm, &norm);
 	rope(m, batch, s->kv_a + latent, 1, width, 0);
-	RUN(m, KM_OP_KV_WRITE, kv_write, &args);
+	RUN(m, KM_STEP_ROPE_KV, KM_OP_KV_WRITE, kv_write, &args);
 }
 
 static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
@@ -118,23 +119,23 @@ static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
 	mla.out = s->heads_out;
 	mla.scratch = s->mla_scratch;
 	if (batch->decode_seqs)
-		RUN(m, KM_OP_MLA_DECODE, mla_decode, &mla);
+		RUN(m, KM_STEP_MLA_DECODE, KM_OP_MLA_DECODE, mla_decode, &mla);
 	if (batch->decode_seqs < batch->seqs)
-		RUN(m, KM_OP_MLA_PREFILL, mla_prefill, &mla);
-	linear(m, batch->tokens, s->heads_out, &w->o, s->delta);
+		RUN(m, KM_STEP_MLA_PREFILL, KM_OP_MLA_PREFILL, mla_prefill, &mla);
+	linear(m, KM_STEP_O, batch->tokens, s->heads_out, &w->o, s->delta);
 	return 0;
 }
 
-/* delta = down(silu(gate x) * up x) */
-static void mlp(km_model *m, int tokens, const km_weight *gate, const km_weight *up, const km_weight *down)
+/* delta = down(silu(gate x) * up x); `part` is the first of its three. */
+static void mlp(km_model *m, enum km_step_op part, int tokens, const km_weight *const w[3])
 {
 	km_step_buffers *s = &m->step;
-	km_silu_mul_args act = { tokens, gate->rows, s->gate, s->up, gate->rows, s->act };
+	km_silu_mul_args act = { tokens, w[0]->rows, s->gate, s->up, w[0]->rows, s->act };
 
-	linear(m, tokens, s->normed, gate, s->gate);
-	linear(m, tokens, s->normed, up, s->up);
-	RUN(m, KM_OP_SILU_MUL, silu_mul, &act);
-	linear(m, tokens, s->act, down, s->delta);
+	linear(m, part, tokens, s->normed, w[0], s->gate);
+	linear(m, part, tokens, s->normed, w[1], s->up);
+	RUN(m, part + 1, KM_OP_SILU_MUL, silu_mul, &act);
+	linear(m, part + 2, tokens, s->act, w[2], s->delta);
 }
 
 static void count_experts(km_model *m, int layer, int tokens)
@@ -159,8 +160,8 @@ static void routed_experts(km_model *m, int layer, int tokens)
 	};
 	km_moe_args moe = km_model_moe_args(c);
 
-	linear(m, tokens, s->normed, &w->router, s->router);
-	RUN(m, KM_OP_GATE, gate, &gate);
+	linear(m, KM_STEP_ROUTER, tokens, s->normed, &w->router, s->router);
+	RUN(m, KM_STEP_ROUTER, KM_OP_GATE, gate, &gate);
 	if (m->expert_counts)
 		count_experts(m, layer, tokens);
 	moe.tokens = tokens;
@@ -172,23 +173,27 @@ static void routed_experts(km_model *m, int layer, int tokens)
 	moe.down = w->expert_down;
 	moe.y = s->delta;
 	moe.scratch = s->moe_scratch;
-	RUN(m, KM_OP_MOE, moe, &moe);
+	RUN(m, KM_STEP_EXPERTS, KM_OP_MOE, moe, &moe);
 }
 
 static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *err)
 {
 	const km_layer_weights *w = &m->weights.layer[layer];
 	km_step_buffers *s = &m->step;
+	const km_weight *const dense[] = { &w->gate, &w->up, &w->down };
+	const km_weight *const shared[] = { &w->shared_gate, &w->shared_up, &w->shared_down };
 	int tokens = batch->tokens;
+	km_rmsnorm_args norm =
+		add_and_norm(m, tokens, s->hidden, s->delta, w->post_attention_norm, s->normed);
 
 	(void)err;
-	add_and_norm(m, tokens, s->hidden, s->delta, w->post_attention_norm, s->normed);
+	RUN(m, KM_STEP_POST_NORM, KM_OP_RMSNORM, rmsnorm, &norm);
 	if (!km_config_is_moe_layer(&m->config, layer)) {
-		mlp(m, tokens, &w->gate, &w->up, &w->down);
+		mlp(m, KM_STEP_MLP_GATE_UP, tokens, dense);
 		return 0;
 	}
 	if (m->config.n_shared_experts)
-		mlp(m, tokens, &w->shared_gate, &w->shared_up, &w->shared_down);
+		mlp(m, KM_STEP_SHARED_GATE_UP, tokens, shared);
 	else
 		memset(s->delta, 0, (size_t)tokens * (size_t)m->config.hidden_size * 4);
 	routed_experts(m, layer, tokens);
@@ -219,8 +224,11 @@ static int project(km_model *m, int layer, const km_batch *batch, km_err *err)
 	const km_layer_weights *w = &m->weights.layer[layer];
 	km_step_buffers *s = &m->step;
 
+	km_rmsnorm_args norm = add_and_norm(m, batch->tokens, s->hidden, layer ? s->delta : NULL,
+	                                    w->input_norm, s->normed);
+
 	(void)err;
-	add_and_norm(m, batch->tokens, s->hidden, layer ? s->delta : NULL, w->input_norm, s->normed);
+	RUN(m, KM_STEP_INPUT_NORM, KM_OP_RMSNORM, rmsnorm, &norm);
 	keys(m, w, batch, layer_cache(m, layer));
 	return 0;
 }
@@ -229,6 +237,8 @@ static int head(km_model *m, const km_batch *batch, km_err *err)
 {
 	km_step_buffers *s = &m->step;
 	size_t hidden = (size_t)m->config.hidden_size;
+	km_rmsnorm_args norm = add_and_norm(m, batch->logit_rows, s->head_hidden, s->head_delta,
+	                                    m->weights.norm, s->head_normed);
 
 	(void)err;
 	for (int i = 0; i < batch->logit_rows; i++) {
@@ -237,8 +247,8 @@ static int head(km_model *m, const km_batch *batch, km_err *err)
 		memcpy(s->head_hidden + to, s->hidden + from, hidden * 4);
 		memcpy(s->head_delta + to, s->delta + from, hidden * 4);
 	}
-	add_and_norm(m, batch->logit_rows, s->head_hidden, s->head_delta, m->weights.norm, s->head_normed);
-	linear(m, batch->logit_rows, s->head_normed, &m->weights.head, s->logits);
+	RUN(m, KM_STEP_FINAL_NORM, KM_OP_RMSNORM, rmsnorm, &norm);
+	linear(m, KM_STEP_HEAD, batch->logit_rows, s->head_normed, &m->weights.head, s->logits);
 	return 0;
 }
 
@@ -261,7 +271,7 @@ static int embed(km_model *m, const km_batch *batch, km_err *err)
 	km_embed_args args = { batch->tokens, batch->ids, &m->weights.embed, m->step.hidden };
 
 	(void)err;
-	RUN(m, KM_OP_EMBED, embed, &args);
+	RUN(m, KM_STEP_EMBED, KM_OP_EMBED, embed, &args);
 	return 0;
 }
 

@@ -20,6 +20,7 @@
 #include "device/batch.h"
 #include "device/op.h"
 #include "model/config.h"
+#include "model/step_op.h"
 
 enum km_backend_kind { KM_BACKEND_CPU, KM_BACKEND_CUDA };
 
@@ -52,12 +53,13 @@ typedef struct km_model_plan {
 	int64_t available_bytes; /* the host's or the GPU's memory that could be taken now; -1: not known */
 } km_model_plan;
 
-/* Where a step's time goes: for each op its calls, time, and cost by km_op_cost. */
+/* Where a step's time goes: for each of its ops the calls, the time, and the cost by km_op_cost. On the CPU
+ * only. */
 typedef struct km_model_trace {
 	struct km_op_total {
 		int64_t calls, ns;
 		double bytes, flops;
-	} op[KM_OP_COUNT];
+	} op[KM_STEP_COUNT];
 } km_model_trace;
 
 typedef struct km_model km_model;
@@ -75,7 +77,7 @@ const km_config *km_model_config(const km_model *model);
  * wrong with a batch; nothing was computed then. */
 int km_model_forward(km_model *model, const km_batch *batch, const float **logits, km_err *err);
 
-/* Adds each later step's ops to `trace` (kept; NULL: no more). */
+/* Adds each later step's ops to `trace` (kept; NULL: no more). On the CPU only. */
 void km_model_set_trace(km_model *model, km_model_trace *trace);
 
 /* Adds the experts that each later step's rows choose to counts [layers, experts] (kept; NULL: no
