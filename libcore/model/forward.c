@@ -38,8 +38,7 @@ void km_kept_release(km_kept *kept)
 	*kept = (km_kept){ .row = NULL };
 }
 
-/* Which rows the last layer keeps, and the batch that they make. */
-static void choose_kept(km_kept *k, const km_batch *batch)
+void km_kept_choose(km_kept *k, const km_batch *batch)
 {
 	int rows = 0;
 
@@ -65,15 +64,14 @@ static void choose_kept(km_kept *k, const km_batch *batch)
 	k->batch.ids = k->batch.slots = NULL; /* used up */
 }
 
-static int run_steps(km_model *m, const km_batch *batch, km_err *err)
+int km_steps_run_layers(km_model *m, const km_batch *batch, int from, int to, km_err *err)
 {
 	const km_steps *s = m->steps;
-	int last = m->config.num_hidden_layers - 1;
+	int layers = m->config.num_hidden_layers;
 
-	KM_TRY(s->embed(m, batch, err));
-	for (int i = 0; i <= last; i++) {
+	for (int i = from; i < to; i++) {
 		KM_TRY(s->project(m, i, batch, err));
-		if (i == last) {
+		if (i == layers - 1) {
 			batch = &m->kept.batch;
 			KM_TRY(s->keep(m, batch, err));
 		}
@@ -82,7 +80,13 @@ static int run_steps(km_model *m, const km_batch *batch, km_err *err)
 		KM_TRY(s->attend(m, i, batch, err));
 		KM_TRY(s->feed_forward(m, i, batch, err));
 	}
-	return batch->logit_rows ? s->head(m, batch, err) : 0;
+	return to == layers && batch->logit_rows ? s->head(m, batch, err) : 0;
+}
+
+int km_steps_run(km_model *m, const km_batch *batch, km_err *err)
+{
+	KM_TRY(m->steps->embed(m, batch, err));
+	return km_steps_run_layers(m, batch, 0, m->config.num_hidden_layers, err);
 }
 
 static int check_counts(const km_model *m, const km_batch *b, km_err *err)
@@ -172,9 +176,9 @@ int km_model_forward(km_model *m, const km_batch *batch, const float **logits, k
 	int rc;
 
 	KM_TRY(check_batch(m, batch, err));
-	choose_kept(&m->kept, batch);
+	km_kept_choose(&m->kept, batch);
 	rc = m->steps->begin(m, batch, err);
 	if (rc >= 0)
-		rc = m->steps->replay(m, batch, run_steps, err);
+		rc = m->steps->replay(m, batch, km_steps_run, err);
 	return m->steps->end(m, batch, rc, logits, err);
 }

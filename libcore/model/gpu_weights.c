@@ -158,6 +158,24 @@ static int put_scales(placer *p, void *there, const km_weight *from, const km_we
 	return rc;
 }
 
+/* The first expert whose matrix is e's: an earlier one only where random weights are shared. */
+static int twin_of(const km_weight *matrix, int e)
+{
+	for (int i = 0; matrix[e].data && i < e; i++)
+		if (matrix[i].data == matrix[e].data)
+			return i;
+	return e;
+}
+
+/* Of pieces that lie `stride` apart on the device, one to another's place. */
+static int copy_there(placer *p, void *pieces, size_t stride, int from, int to, km_err *err)
+{
+	KM_TRY(km_cuda_copy(p->cuda, (char *)pieces + (size_t)to * stride,
+	                    (char *)pieces + (size_t)from * stride, stride, err));
+	km_progress_add(p->progress, (int64_t)stride);
+	return 0;
+}
+
 /* One matrix of all experts, side by side, unchanged but for the width of int4 groups. */
 static int place_matrix(placer *p, const km_weight *from, int group, km_moe_matrix *to, km_err *err)
 {
@@ -173,6 +191,14 @@ static int place_matrix(placer *p, const km_weight *from, int group, km_moe_matr
 	to->data = data;
 	to->scale = to->scale_stride ? scale : NULL;
 	for (int e = 0; p->cuda && e < count; e++) {
+		int twin = twin_of(from, e);
+
+		if (twin < e) {
+			KM_TRY(copy_there(p, data, to->data_stride, twin, e, err));
+			if (to->scale)
+				KM_TRY(copy_there(p, scale, to->scale_stride, twin, e, err));
+			continue;
+		}
 		KM_TRY(put(p, (char *)data + (size_t)e * to->data_stride, from[e].data,
 		           data_bytes(from), err));
 		KM_TRY(put_scales(p, (char *)scale + (size_t)e * to->scale_stride, &from[e], &there,
@@ -208,9 +234,16 @@ static int put_packed(placer *p, const km_layer_weights *w, int e, const uint8_t
 	size_t second = km_moe_down_bytes(p->config->hidden_size, p->config->moe_intermediate_size,
 	                                  to->group);
 	bool mapped = w->packed_gate_up && w->packed_gate_up[e];
+	int twin = twin_of(w->expert_gate, e);
 	char *gate_up = (char *)(uintptr_t)to->gate_up.data + (size_t)e * to->gate_up.data_stride;
 	char *down = (char *)(uintptr_t)to->down.data + (size_t)e * to->down.data_stride;
 
+	if (twin < e) {
+		KM_TRY(copy_there(p, (void *)(uintptr_t)to->gate_up.data, to->gate_up.data_stride,
+		                  twin, e, err));
+		return copy_there(p, (void *)(uintptr_t)to->down.data, to->down.data_stride, twin, e,
+		                  err);
+	}
 	KM_TRY(put(p, gate_up, mapped ? w->packed_gate_up[e] : packed, first, err));
 	return put(p, down, mapped ? w->packed_down[e] : packed + first, second, err);
 }
@@ -238,7 +271,8 @@ static int place_packed(placer *p, const km_layer_weights *w, km_moe_weights *to
 
 #pragma omp parallel for num_threads(p->threads) schedule(dynamic, 1)
 		for (int i = 0; i < some; i++)
-			if (!w->packed_gate_up || !w->packed_gate_up[from + i])
+			if ((!w->packed_gate_up || !w->packed_gate_up[from + i]) &&
+			    twin_of(w->expert_gate, from + i) == from + i)
 				pack_expert(c, w, from + i, packed + (size_t)i * (first + second));
 		for (int i = 0; rc >= 0 && i < some; i++)
 			rc = put_packed(p, w, from + i, packed + (size_t)i * (first + second), to,

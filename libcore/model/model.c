@@ -10,6 +10,8 @@
  */
 #include "model/gpu.h"
 #include "model/rope.h"
+#include "model/shard.h"
+#include "model/weights_random.h"
 
 #include <omp.h>
 #include <stdlib.h>
@@ -82,11 +84,42 @@ static int map_memory(km_model *model, km_err *err)
 	return 0;
 }
 
-static int open_parts(km_model *model, const char *dir, km_err *err)
+int km_model_random_config(km_config *config, const char *path, const km_model_random *what, int *depth,
+                           km_err *err)
+{
+	KM_TRY(km_config_load(config, path, err));
+	*depth = config->num_hidden_layers;
+	if (what->layers < 0 || what->layers > *depth)
+		return km_fail(err, KM_EINVAL, "%s: has %d layers, %d cannot be taken", path, *depth,
+		               what->layers);
+	if (what->layers)
+		config->num_hidden_layers = what->layers;
+	if (what->shard_of > 1)
+		KM_TRY(km_config_shard(config, what->shard_of, err));
+	return 0;
+}
+
+static int open_weights(km_model *model, const char *dir, const km_model_random *random, int depth,
+                        km_err *err)
+{
+	bool gpu = model->options.backend == KM_BACKEND_CUDA;
+
+	if (random) {
+		km_random_weights how = { .seed = random->seed, .depth = depth, .shared = gpu };
+
+		return km_weights_random(&model->weights, &model->config, &how, err);
+	}
+	return (gpu ? km_weights_open_packed : km_weights_open)(&model->weights, &model->config,
+	                                                        dir, err);
+}
+
+static int open_parts(km_model *model, const char *dir, const km_model_random *random, km_err *err)
 {
 	km_model_plan plan;
+	int depth = 0;
 
-	KM_TRY(km_config_load(&model->config, dir, err));
+	KM_TRY(random ? km_model_random_config(&model->config, dir, random, &depth, err)
+	              : km_config_load(&model->config, dir, err));
 	if (model->options.backend == KM_BACKEND_CPU)
 		KM_TRY(choose_ops(model, err));
 	if (!model->options.threads)
@@ -95,8 +128,7 @@ static int open_parts(km_model *model, const char *dir, km_err *err)
 	if (model->options.kv_slots < 1)
 		return km_fail(err, KM_EINVAL, "%s: a KV cache of no tokens makes no sense", dir);
 	KM_TRY(check_fit(&plan, dir, err));
-	KM_TRY((model->options.backend == KM_BACKEND_CUDA ? km_weights_open_packed : km_weights_open)(
-		&model->weights, &model->config, dir, err));
+	KM_TRY(open_weights(model, dir, random, depth, err));
 	km_kept_init(&model->kept, &model->options);
 #if KM_CUDA
 	if (model->options.backend == KM_BACKEND_CUDA)
@@ -105,19 +137,31 @@ static int open_parts(km_model *model, const char *dir, km_err *err)
 	return map_memory(model, err);
 }
 
-int km_model_open(km_model **model, const char *dir, const km_model_options *options, km_err *err)
+static int open_model(km_model **model, const char *dir, const km_model_random *random,
+                      const km_model_options *options, km_err *err)
 {
 	km_model *m = km_xcalloc(1, sizeof(*m));
 	int rc;
 
 	m->options = *options;
-	rc = open_parts(m, dir, err);
+	rc = open_parts(m, dir, random, err);
 	if (rc < 0) {
 		km_model_close(m);
 		m = NULL;
 	}
 	*model = m;
 	return rc;
+}
+
+int km_model_open(km_model **model, const char *dir, const km_model_options *options, km_err *err)
+{
+	return open_model(model, dir, NULL, options, err);
+}
+
+int km_model_open_random(km_model **model, const char *path, const km_model_random *what,
+                         const km_model_options *options, km_err *err)
+{
+	return open_model(model, path, what, options, err);
 }
 
 void km_model_close(km_model *model)

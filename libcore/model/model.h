@@ -69,6 +69,20 @@ typedef struct km_model km_model;
 int km_model_plan_memory(const km_config *config, const km_model_options *options,
                          km_model_plan *plan, km_err *err);
 int km_model_open(km_model **model, const char *dir, const km_model_options *options, km_err *err);
+
+/* A model without a checkpoint, to be measured: the config at `path` (a file, or a folder with
+ * config.json) with random weights. */
+typedef struct km_model_random {
+	int layers;   /* the first ones; 0: all */
+	int shard_of; /* ranks, of whose weights this is one's slice (model/shard.h); 1: all of them */
+	uint64_t seed;
+} km_model_random;
+
+int km_model_open_random(km_model **model, const char *path, const km_model_random *what,
+                         const km_model_options *options, km_err *err);
+/* What that makes of the config; the model's own layers are `depth`. */
+int km_model_random_config(km_config *config, const char *path, const km_model_random *what, int *depth,
+                           km_err *err);
 void km_model_close(km_model *model);
 
 const km_config *km_model_config(const km_model *model);

@@ -3,7 +3,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
-#include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,8 +18,7 @@
 #include "base/progress.h"
 #include "base/rng.h"
 #include "format/json.h"
-#include "model/inventory.h"
-#include "model/synth_values.h"
+#include "model/synth_module.h"
 #include "text/tokenizer.h"
 #include "text/vocab_synth.h"
 
@@ -50,63 +48,10 @@ struct synth {
 
 /* ---- which tensors, with which numbers ------------------------------------------------------ */
 
-static float gain_of(const struct synth *s, const km_module *m)
-{
-	double inputs = 1, branch = 1 / sqrt(2.0 * s->depth);
-
-	for (int i = 1; i < m->ndim; i++)
-		inputs *= (double)m->shape[i];
-	switch (m->role) {
-	case KM_ROLE_EMBED:
-		return 1;
-	case KM_ROLE_HEAD: /* logits of deviation 4: the likeliest token has a fair share */
-		return (float)(4 / sqrt(inputs));
-	case KM_ROLE_O:
-	case KM_ROLE_DOWN:
-	case KM_ROLE_SHARED_DOWN:
-	case KM_ROLE_EXPERT_DOWN:
-		return (float)(branch / sqrt(inputs));
-	case KM_ROLE_ROUTER:
-		return (float)(1.5 / sqrt(inputs));
-	case KM_ROLE_ROUTER_BIAS:
-	case KM_ROLE_VISION_POSITION:
-		return 0.05f;
-	case KM_ROLE_VISION_BIAS:
-		return 0.02f;
-	default:
-		return m->ndim == 1 ? 0.05f : (float)(1 / sqrt(inputs));
-	}
-}
-
-static bool is_norm(enum km_role role)
-{
-	return role == KM_ROLE_NORM || role == KM_ROLE_INPUT_NORM ||
-	       role == KM_ROLE_POST_ATTENTION_NORM || role == KM_ROLE_Q_A_NORM ||
-	       role == KM_ROLE_KV_A_NORM || role == KM_ROLE_VISION_NORM;
-}
-
-static km_synth_tensor numbers_of(const struct synth *s, const km_module *m, int part)
-{
-	km_synth_tensor v = { .kind = KM_SYNTH_NORMAL,
-		              .gain = gain_of(s, m),
-		              .offset = is_norm(m->role) };
-
-	if (m->form == KM_FORM_FP8) {
-		v.kind = part ? KM_SYNTH_SCALE : KM_SYNTH_FP8;
-		v.gain /= s->tables.fp8_rms;
-	} else if (m->form == KM_FORM_INT4) {
-		v.kind = part == 0 ? KM_SYNTH_INT4 : part == 1 ? KM_SYNTH_SCALE : KM_SYNTH_SHAPE;
-		v.gain /= s->tables.int4_rms;
-		v.shape[0] = (int32_t)m->shape[0];
-		v.shape[1] = (int32_t)m->shape[1];
-	}
-	return v;
-}
-
 static void add_tensor(struct synth *s, const km_module *m, const km_wanted *w, int part)
 {
 	km_tensor t = { .dtype = w->usual, .ndim = w->ndim, .bytes = km_dtype_bytes(w->usual) };
-	km_synth_tensor v = numbers_of(s, m, part);
+	km_synth_tensor v = km_synth_module(m, part, s->depth, &s->tables);
 	char key[320], name[400];
 	int len = snprintf(key, sizeof(key), "%s.%s", m->key, w->suffix);
 

@@ -54,22 +54,27 @@ struct loader {
 	bool check_scales, packed;
 };
 
-static const void *aligned_data(struct loader *l, const km_tensor *t)
+void *km_weights_memory(km_weights *weights, size_t bytes)
 {
-	struct km_weights_files *files = l->files;
-	size_t unit = km_dtype_bytes(t->dtype), bytes = (t->bytes + ALIGN - 1) / ALIGN * ALIGN;
-	void *copy;
+	struct km_weights_files *files = weights->files;
+	void *memory = aligned_alloc(ALIGN, (bytes + ALIGN - 1) / ALIGN * ALIGN);
 
-	if ((uintptr_t)t->data % unit == 0)
-		return t->data;
-	copy = aligned_alloc(ALIGN, bytes);
-	if (!copy)
+	if (!memory)
 		return NULL;
-	memcpy(copy, t->data, t->bytes);
 	files->copies = km_xreallocarray(files->copies, (size_t)files->copy_count + 1,
 	                                 sizeof(*files->copies));
-	files->copies[files->copy_count++] = copy;
-	return copy;
+	files->copies[files->copy_count++] = memory;
+	return memory;
+}
+
+static const void *aligned_data(struct loader *l, const km_tensor *t)
+{
+	void *copy;
+
+	if ((uintptr_t)t->data % km_dtype_bytes(t->dtype) == 0)
+		return t->data;
+	copy = km_weights_memory(l->weights, t->bytes);
+	return copy ? memcpy(copy, t->data, t->bytes) : NULL;
 }
 
 static int load_vector(struct loader *l, const km_tensor *t, const float **out, km_err *err)
@@ -227,9 +232,11 @@ static int unpack_all(struct loader *l, const char *dir, km_err *err)
 	               l->repacked[bad].t->name);
 }
 
-static const float **vector_place(km_weights *w, km_layer_weights *layer, enum km_role role)
+const float **km_weights_vector(km_weights *w, const km_module *m)
 {
-	switch (role) {
+	km_layer_weights *layer = m->layer >= 0 ? &w->layer[m->layer] : NULL;
+
+	switch (m->role) {
 	case KM_ROLE_NORM: return &w->norm;
 	case KM_ROLE_INPUT_NORM: return &layer->input_norm;
 	case KM_ROLE_POST_ATTENTION_NORM: return &layer->post_attention_norm;
@@ -240,8 +247,10 @@ static const float **vector_place(km_weights *w, km_layer_weights *layer, enum k
 	}
 }
 
-static km_weight *matrix_place(km_weights *w, km_layer_weights *layer, const km_module *m)
+km_weight *km_weights_matrix(km_weights *w, const km_module *m)
 {
+	km_layer_weights *layer = m->layer >= 0 ? &w->layer[m->layer] : NULL;
+
 	switch (m->role) {
 	case KM_ROLE_EMBED: return &w->embed;
 	case KM_ROLE_HEAD: return &w->head;
@@ -270,8 +279,8 @@ static int load_module(void *context, const km_module *m,
 {
 	struct loader *l = context;
 	km_layer_weights *layer = m->layer >= 0 ? &l->weights->layer[m->layer] : NULL;
-	const float **vector = vector_place(l->weights, layer, m->role);
-	km_weight *matrix = matrix_place(l->weights, layer, m);
+	const float **vector = km_weights_vector(l->weights, m);
+	km_weight *matrix = km_weights_matrix(l->weights, m);
 
 	if (m->form == KM_FORM_REPACKED) {
 		note_repacked(l, layer, m, tensors[0]);
@@ -378,8 +387,7 @@ int km_weights_open_packed(km_weights *weights, const km_config *config, const c
 static int shape_module(void *context, const km_module *m, km_err *err)
 {
 	struct loader *l = context;
-	km_layer_weights *layer = m->layer >= 0 ? &l->weights->layer[m->layer] : NULL;
-	km_weight *w = matrix_place(l->weights, layer, m);
+	km_weight *w = km_weights_matrix(l->weights, m);
 	km_wanted wanted[KM_MAX_MODULE_TENSORS];
 
 	(void)err;

@@ -15,7 +15,7 @@
 #include <stdint.h>
 
 #include "device/weight.h"
-#include "model/config.h"
+#include "model/inventory.h"
 
 typedef struct km_layer_weights {
 	const float *input_norm, *post_attention_norm; /* [hidden] */
@@ -55,5 +55,12 @@ int km_weights_open_packed(km_weights *weights, const km_config *config, const c
  * `data`, `scale` and the vectors are NULL. */
 int km_weights_shapes(km_weights *weights, const km_config *config, km_err *err);
 void km_weights_close(km_weights *weights);
+
+/* Where a module's weight goes, once the layers are made; NULL: not a matrix (a vector), or not the text
+ * model's. */
+km_weight *km_weights_matrix(km_weights *weights, const km_module *module);
+const float **km_weights_vector(km_weights *weights, const km_module *module);
+/* 64-byte aligned, until km_weights_close; NULL when there is none. */
+void *km_weights_memory(km_weights *weights, size_t bytes);
 
 #endif
