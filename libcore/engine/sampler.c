@@ -286,6 +286,24 @@ static double weigh(candidate *c, int n, const row *r)
 	return mass;
 }
 
+/* The tokens that are no worse than the worst of the first n candidates, by id: every draw takes
+ * its candidates in that order, which other ways to select can give as well. */
+static int order_by_id(km_sampler *s, const row *r, int n)
+{
+	candidate *c = s->candidates, worst = c[0];
+	int kept = 0;
+
+	for (int i = 1; i < n; i++)
+		if (comes_first(&worst, &c[i]))
+			worst = c[i];
+	n = gather(s, r, worst.logit, s->vocab);
+	for (int i = 0; i < n; i++)
+		if (!comes_first(&worst, &c[i]))
+			c[kept++] = c[i];
+	weigh(c, kept, r);
+	return kept;
+}
+
 /* How far below the best logit the next attempt looks, in units of the temperature; the last takes
  * in every token whose weight is not 0. Typical distributions stop at the first or second. */
 static const float reach[] = { 5, 9, 13, 18, 24, 32, 44, 87 };
@@ -481,7 +499,7 @@ static int32_t draw_top_p(km_sampler *s, const row *r, const km_sample_args *arg
 		if (id >= 0)
 			return id;
 	}
-	n = pick_top_p(s, r, p->top_p * total);
+	n = order_by_id(s, r, pick_top_p(s, r, p->top_p * total));
 	if (p->min_p > 0)
 		n = keep_min_p(s->candidates, n, p->min_p);
 	return draw_candidate(s->candidates, n, u);
@@ -505,6 +523,7 @@ static int32_t draw(km_sampler *s, const row *r, const km_sample_args *args)
 		mass = weigh(s->candidates, n, r);
 		if (top_p)
 			n = select_mass(s->candidates, n, p->top_p * mass);
+		n = order_by_id(s, r, n);
 	} else {
 		/* A little further than min_p's own line, which keep_min_p draws on the weights. */
 		double line = -log(p->min_p) * 1.0001 + 1e-4;
