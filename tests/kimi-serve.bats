@@ -133,6 +133,7 @@ stop() {
 	curl -sSN --fail "$url/v1/chat/completions" -d '{"max_tokens":5,"ignore_eos":true,"stream":true,
 		"messages":[{"role":"user","content":"Hi"}]}' | tail -n 2 | grep -qx 'data: \[DONE\]'
 	[ "$(curl -s -o /dev/null -w '%{http_code}' "$url/v1/chat/completions" -d '{')" = 400 ]
+	curl -sSi -X DELETE "$url/v1/models" | tr -d "\r" | grep -x "Allow: GET"
 	stop
 	[ "$status" -eq 0 ]
 	grep -q "POST /v1/chat/completions 200 .* output 5 .* finish length" "$dir/log"

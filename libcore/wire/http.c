@@ -66,6 +66,7 @@ struct km_exchange {
 	bool refused;         /* before the body: `out` is the reply */
 	bool has_reply, has_later;
 	const char *content_type;
+	const char *allow; /* of a 405 */
 	km_exchange_later later;
 
 	/* the socket thread's */
@@ -328,6 +329,8 @@ static enum MHD_Result send_response(km_exchange *x, bool stream)
 		MHD_add_response_header(response, "Retry-After", "1");
 	if (x->status == 401)
 		MHD_add_response_header(response, "WWW-Authenticate", "Bearer");
+	if (x->allow)
+		MHD_add_response_header(response, "Allow", x->allow);
 	rc = MHD_queue_response(x->mhd, (unsigned)x->status, response);
 	MHD_destroy_response(response);
 	return rc;
@@ -370,6 +373,7 @@ static void refuse(km_exchange *x, const km_openai_error *error)
 {
 	km_openai_error_json(error, &x->out);
 	x->status = error->status;
+	x->allow = error->allow;
 	x->content_type = "application/json";
 	x->refused = true;
 }

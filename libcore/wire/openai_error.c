@@ -13,6 +13,7 @@ int km_openai_fail(km_openai_error *error, int status, const char *param, const 
 
 	error->status = status;
 	error->code = code;
+	error->allow = NULL;
 	snprintf(error->param, sizeof(error->param), "%s", param ? param : "");
 	va_start(ap, fmt);
 	vsnprintf(error->message, sizeof(error->message), fmt, ap);

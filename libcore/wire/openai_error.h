@@ -9,9 +9,10 @@
 #include "base/err.h"
 
 typedef struct km_openai_error {
-	int status;       /* HTTP: 400, 401, 404, ... */
-	const char *code; /* static: "model_not_found", or NULL */
-	char param[64];   /* the field, or "" */
+	int status;        /* HTTP: 400, 401, 404, ... */
+	const char *code;  /* static: "model_not_found", or NULL */
+	const char *allow; /* static: the method that a 405 names in its Allow header, or NULL */
+	char param[64];    /* the field, or "" */
 	char message[1024];
 } km_openai_error;
 

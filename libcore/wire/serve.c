@@ -401,9 +401,12 @@ static int on_admit(void *ctx, const char *method, const char *path, const char 
 		                      "This server needs an API key: Authorization: Bearer KEY.");
 	if (!route)
 		return km_openai_fail(error, 404, NULL, NULL, "There is no %.200s here.", path);
-	if (!same_method(route, method))
-		return km_openai_fail(error, 405, NULL, NULL, "%s takes %s, not %.20s.",
-		                      route->path, route->method, method);
+	if (!same_method(route, method)) {
+		km_openai_fail(error, 405, NULL, NULL, "%s takes %s, not %.20s.", route->path,
+		               route->method, method);
+		error->allow = route->method;
+		return KM_EINVAL;
+	}
 	return 0;
 }
 
