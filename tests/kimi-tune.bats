@@ -213,6 +213,18 @@ file_of() {
 	done
 }
 
+@test "the command line of SGLang's tuner" {
+	run command kimi-tune --dry-run --tokens 1 --model "$ROOT/configs/models/kimi-k2.5.json" --tp-size 8 --dtype int4_w4a16 \
+		--tune --disable-shared-experts-fusion --device "$H100"
+	[ "$status" -eq 0 ]
+	[[ $output == *"E=384,N=128,"* ]]
+	for refused in "--seed 1" "--search-space-file x" --per-channel-quant "--dtype fp8_w8a8"; do
+		run kimi-tune --dry-run $refused
+		[ "$status" -eq 2 ]
+		[[ $output == "kimi-tune: "*"${refused%% *}"* ]]
+	done
+}
+
 @test "stdout that cannot be written is a failure" {
 	[ -e /dev/full ] || skip "no /dev/full"
 	run sh -c "kimi-tune --dry-run >/dev/full"

@@ -17,7 +17,7 @@ enum { MAX_COUNTS = 256, EXIT_OK = 0, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK };
 struct values {
 	int64_t experts, top_k, hidden, intermediate, group, tp, ep;
 	double budget, allowed;
-	const char *model, *tokens, *configs, *output, *check, *device;
+	const char *model, *tokens, *configs, *output, *check, *device, *dtype;
 	bool resume, dry_run, explain, require, json, quiet;
 };
 
@@ -67,6 +67,18 @@ static const km_option options[] = {
 	{ .kind = KM_OPT_HEADING, .help = "output" },
 	{ KM_OPT_FLAG, "json", NULL, AT(json), "JSON instead of a table", 0, 0, NULL },
 	{ KM_OPT_FLAG, "quiet,q", NULL, AT(quiet), "no progress on stderr", 0, 0, NULL },
+	{ .kind = KM_OPT_HEADING, .help = "accepted for other tuners' command lines" },
+	{ .kind = KM_OPT_ACCEPTED, .names = "tune", .help = "tuning is what is done" },
+	{ .kind = KM_OPT_ACCEPTED, .names = "disable-shared-experts-fusion",
+	  .help = "the shared expert is never one of the routed" },
+	{ KM_OPT_CHOICE, "dtype", "NAME", AT(dtype), "int4_w4a16 is all there is", 0, 0,
+	  "auto|int4_w4a16" },
+	{ .kind = KM_OPT_REFUSED, .names = "per-channel-quant",
+	  .help = "int4 with one scale a channel runs in the general form, which has no tiles" },
+	{ .kind = KM_OPT_REFUSED, .names = "search-space-file", .arg = "FILE",
+	  .help = "what the kernel was built in is searched, all of it; see --dry-run" },
+	{ .kind = KM_OPT_REFUSED, .names = "seed", .arg = "N",
+	  .help = "the inputs are the same every time" },
 };
 
 static const km_usage usage = {
