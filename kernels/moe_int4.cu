@@ -5,7 +5,7 @@
  *   Bytes: each expert that any token names is read once, 3 H I (1/2 + 2/G) = 0.5625 * 3 H I at groups
  *   of 32; Kimi K2.5 at TP8 (H = 7168, I = 256): 3.1 MB an expert, 24.8 MB and 8.0 us for one token at
  *   H100's 3.10 TB/s (5.2 at H200's 4.8); 60 experts and 60 us at 8 tokens, all 384 and 384 us from 256
- *   tokens on. Flops: 6 M top_k H I; bound by memory up to some 3,400 tokens.
+ *   tokens on. Flops: 6 M top_k H I; bound by memory up to some 3,400 tokens (moe_prefill.cu).
  *   Between the bytes: the ids must be read before the first weight can be asked for, and all of an
  *   expert's silu(gate) * up must be there before its down projection begins: two trips through L2 and
  *   a barrier of the whole grid. The weights of the down projection do not wait for it.
@@ -14,8 +14,8 @@
  *   general  moe_general.cu: a warp a row, CUDA cores; any weights, any shape
  *   grouped  below; a tile of places of one expert, 8 to 64
  *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places
- *   One run: decode 19.5 / 89 / - / - / -, grouped - / - / 370; the large tiles 795 / 2,366 when they still
- *   scaled weights (TRIED 22), not measured since. The best rivals' pipelines: 25.4 / 95 / 362 / 825 / 2,505.
+ *   prefill  moe_prefill.cu: warp-group matrix instructions, from 1,024 tokens
+ *   The figures are in configs/bench/moe-h100.json, beside the best rivals'; TRIED has what is not here.
  *
  * HOW
  *   One block a multiprocessor; a warp fetches weights, a warp fetches activations, 8 or 16 multiply.
@@ -44,14 +44,14 @@ cudaError_t kk_moe_stream(const kk_moe_args *a, cudaStream_t stream)
 	    (a->direct && (a->block_m != 8 || a->tokens * a->top_k > DIRECT_PLACES)))
 		return cudaErrorInvalidValue;
 	switch (a->block_m << 16 | a->block_n) {
-	case 8 << 16 | 16:
-		return launch_tile<tile<8, 1, 1, 16, 1>>(a, stream);
 	case 8 << 16 | 32:
-		return launch_tile<tile<8, 1, 2, 16, 1>>(a, stream);
+		return launch_tile<tile<8, 2, 1, 16, 1>>(a, stream);
 	case 8 << 16 | 64:
-		return launch_tile<tile<8, 1, 4, 16, 1>>(a, stream);
+		return launch_tile<tile<8, 2, 2, 16, 1>>(a, stream);
 	case 8 << 16 | 128:
-		return launch_tile<tile<8, 1, 8, 16, 1>>(a, stream);
+		return launch_tile<tile<8, 2, 4, 16, 1>>(a, stream);
+	case 8 << 16 | 256:
+		return launch_tile<tile<8, 2, 8, 16, 1>>(a, stream);
 	}
 	return moe_stream_large(a, stream);
 }

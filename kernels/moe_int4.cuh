@@ -223,6 +223,27 @@ __device__ __forceinline__ void divide_direct(stream_work &w, int block)
 	w.up_hi = min(odd_after * least + (block + 1 - odd_after) * most, w.up_items);
 }
 
+/* Where a block's down items begin, when those before it have had `ups` records of gate-and-up. Two
+ * blocks compute one border: no contraction, so that they agree. */
+__device__ __forceinline__ int down_border(double share, int block, double ups, double down)
+{
+	return (int)__ddiv_rn(__dsub_rn(__dmul_rn(share, block), ups), down);
+}
+
+/* Down items make up for what gate-and-up items, `up` records each, leave uneven. */
+__device__ __forceinline__ void divide_down(stream_work &w, int block, int up, int down)
+{
+	double ups = (double)up * w.up_items, downs = (double)down * w.down_items;
+	double share = (ups + downs) / gridDim.x;
+
+	if ((double)up * gridDim.x > downs)
+		return;
+	w.down_lo = down_border(share, block, (double)up * w.up_lo, down);
+	w.down_hi = block == (int)gridDim.x - 1
+	                    ? w.down_items
+	                    : down_border(share, block + 1, (double)up * w.up_hi, down);
+}
+
 template <typename L>
 __device__ __forceinline__ void divide(const kk_moe_args &a, stream_work &w)
 {
@@ -237,6 +258,7 @@ __device__ __forceinline__ void divide(const kk_moe_args &a, stream_work &w)
 	} else {
 		w.up_lo = part_of(w.up_items, block);
 		w.up_hi = part_of(w.up_items, block + 1);
+		divide_down(w, block, L::ROWS / 16 * w.up_records, L::DOWN_ROWS / 16 * w.down_records);
 	}
 }
 
@@ -245,7 +267,17 @@ __device__ __forceinline__ void divide(const kk_moe_args &a, stream_work &w)
 struct weight_fetch {
 	ring r;
 	uint64_t policy;
+	int tile, expert; /* the last asked for: items of one tile follow each other, and L2 is far */
 };
+
+__device__ __forceinline__ int cached_expert(const kk_moe_args &a, const stream_smem *s, weight_fetch &f, int tile)
+{
+	if (tile != f.tile) {
+		f.expert = expert_of(a, s, tile);
+		f.tile = tile;
+	}
+	return f.expert;
+}
 
 /* One stage: `pieces` copies of `bytes`, lane i's from `from` (NULL: none) to piece i. */
 __device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s, weight_fetch &f, int pieces,
@@ -268,13 +300,13 @@ template <typename L>
 __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream_work &w, stream_smem *s)
 {
 	int lane = threadIdx.x % 32;
-	weight_fetch f = {{0, 0, w.stages}, ptx_policy_drop()};
+	weight_fetch f = {{0, 0, w.stages}, ptx_policy_drop(), -1, 0};
 	constexpr int UP_PIECES = L::ROWS / 16, DOWN_PIECES = L::DOWN_ROWS / 16;
 	uint32_t rec = w.record_bytes;
 
 	for (int i = w.up_lo; i < w.up_hi; i++) {
 		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
-		const uint8_t *from = a.gate_up + (size_t)expert_of(a, s, it.tile) * a.gate_up_stride +
+		const uint8_t *from = a.gate_up + (size_t)cached_expert(a, s, f, it.tile) * a.gate_up_stride +
 		                      ((size_t)it.rows * UP_PIECES + lane) * w.up_records * rec;
 
 		for (int c = 0; c < w.up_records; c += L::PER)
@@ -284,7 +316,7 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 	if (!a.direct) {
 		for (int i = w.down_lo; i < w.down_hi; i++) {
 			item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
-			const uint8_t *from = a.down + (size_t)expert_of(a, s, it.tile) * a.down_stride +
+			const uint8_t *from = a.down + (size_t)cached_expert(a, s, f, it.tile) * a.down_stride +
 			                      ((size_t)it.rows * DOWN_PIECES + lane) * w.down_records * rec;
 
 			for (int c = 0; c < w.down_records; c += L::REC)
@@ -293,7 +325,8 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 		}
 		return;
 	}
-	/* A warp's unit is a row block of a tile's expert. */
+	/* A warp's unit is a row block of a tile's expert, with all of the warp's room in a stage. */
+	constexpr int REC = L::RB * L::REC;
 	int units = (w.down_hi - w.down_lo) * w.tiles;
 
 	for (int u = 0; u < units; u += L::W) {
@@ -303,8 +336,8 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 		if (lane < pieces)
 			from = a.down + (size_t)expert_of(a, s, (u + lane) % w.tiles) * a.down_stride +
 			       (size_t)(w.down_lo + (u + lane) / w.tiles) * w.down_records * rec;
-		for (int c = 0; c < w.down_records; c += L::REC)
-			fetch_stage(w, s, f, pieces, L::REC * rec, min(L::REC, w.down_records - c) * rec,
+		for (int c = 0; c < w.down_records; c += REC)
+			fetch_stage(w, s, f, pieces, REC * rec, min(REC, w.down_records - c) * rec,
 			            from ? from + (size_t)c * rec : NULL);
 	}
 }
@@ -393,11 +426,15 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 {
 	int lane = threadIdx.x % 32;
 	ring r = {0, 0, w.x_stages};
+	own_places<L> own;
+	int tile = -1;
 
 	for (int i = w.up_lo; i < w.up_hi; i++) {
 		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
-		own_places<L> own = find_places<L>(a, s, it.tile);
 
+		if (it.tile != tile)
+			own = find_places<L>(a, s, it.tile);
+		tile = it.tile;
 		for (int c = 0; c < w.up_records; c += L::PER)
 			fetch_rows<L, true>(a, w, s, r, own, (const char *)a.x + (size_t)c * RECORD_COLS * 2,
 			                    (size_t)a.hidden * 2, min(L::PER, w.up_records - c) * RECORD_COLS * 2,
@@ -411,8 +448,10 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 	ptx_fence_copies(); /* the other blocks' ordinary stores, before this warp's copies of them */
 	for (int i = w.down_lo; i < w.down_hi; i++) {
 		item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
-		own_places<L> own = find_places<L>(a, s, it.tile);
 
+		if (it.tile != tile)
+			own = find_places<L>(a, s, it.tile);
+		tile = it.tile;
 		for (int c = 0; c < w.down_records; c += L::REC)
 			fetch_rows<L, false>(a, w, s, r, own, (const char *)a.act + (size_t)c * RECORD_COLS * 2,
 			                     (size_t)a.intermediate * 2,
@@ -511,18 +550,34 @@ __device__ __forceinline__ uint32_t x_offset(const x_rows<L> &x, int n)
 template <typename L>
 using tile_sums = float[L::RB][L::NT][4];
 
+/* Row g's and row g + 8's scales, for each 32 columns of a record. */
+__device__ __forceinline__ void load_scales(uint32_t (&d)[4], const uint8_t *from, int g, int group_shift)
+{
+	if (group_shift == 0) {
+		uint4 v = ((const uint4 *)from)[g];
+
+		d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
+	} else if (group_shift == 1) {
+		uint2 v = ((const uint2 *)from)[g];
+
+		d[0] = d[1] = v.x, d[2] = d[3] = v.y;
+	} else {
+		d[0] = d[1] = d[2] = d[3] = ((const uint32_t *)from)[g];
+	}
+}
+
 /* One record of each of the warp's row blocks, `block_pitch` apart, times 128 columns of `rows` places. */
 template <typename L>
 __device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const uint8_t *record, uint32_t block_pitch,
                                                 uint32_t x, const x_rows<L> &own, int rows, int group_shift)
 {
 	int lane = threadIdx.x % 32;
-	const uint32_t *scale[L::RB];
+	uint32_t scale[L::RB][4]; /* of each 32 columns */
 
 #pragma unroll
 	for (int r = 0; r < L::RB; r++)
-		scale[r] = (const uint32_t *)(record + r * block_pitch + RECORD_CODES) + (lane / 4) * (4 >> group_shift);
-#pragma unroll(L::T > 8 ? 1 : 2) /* more would spill */
+		load_scales(scale[r], record + r * block_pitch + RECORD_CODES, lane / 4, group_shift);
+#pragma unroll(L::T * L::RB > 8 ? 1 : 2) /* more would spill */
 	for (int half = 0; half < 2; half++) {
 		uint4 q[L::RB];
 
@@ -536,7 +591,7 @@ __device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const uint8_t
 #pragma unroll
 			for (int r = 0; r < L::RB; r++)
 				load_steps<L::BIASED>(s[r], k ? q[r].z : q[r].x, k ? q[r].w : q[r].y,
-				                     scale[r][(2 * half + k) >> group_shift]);
+				                     half ? scale[r][2 + k] : scale[r][k]);
 #pragma unroll
 			for (int n0 = 0; n0 < L::NT; n0 += 2) {
 				if (n0 > 0 && n0 * 8 >= rows)
@@ -950,7 +1005,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 				if (threadIdx.x == 0)
 					wait_round(a.sync, round_up);
 				ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
-				multiply_direct<L>(a, w, s, base, sums, q);
+				multiply_direct<tile<8, 1, 1, L::W, L::RB * L::REC>>(a, w, s, base, sums, q);
 				return;
 			}
 		multiply_down<L>(a, w, s, base, q);
@@ -999,5 +1054,6 @@ static cudaError_t launch_tile(const kk_moe_args *a, cudaStream_t stream)
 }
 
 cudaError_t moe_stream_large(const kk_moe_args *a, cudaStream_t stream);
+cudaError_t moe_prefill_launch(const kk_moe_args *a, cudaStream_t stream);
 
 #endif

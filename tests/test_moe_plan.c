@@ -70,7 +70,8 @@ static void test_forms(void **state)
 	assert_int_equal(plan.tile.block_m, 8);
 	p.tokens = 4096;
 	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
-	assert_int_equal(plan.tile.block_m, 64);
+	assert_int_equal(plan.form, KM_MOE_PREFILL);
+	assert_int_equal(plan.tile.block_m, 128);
 	assert_true(plan.part_bf16);
 	p.packed = false;
 	p.hidden = 1000;
@@ -86,7 +87,7 @@ static void test_forms(void **state)
 static void test_refusals(void **state)
 {
 	km_moe_problem p = k25(16, 256);
-	km_moe_tile tile = { 8, 48, 512, 1, 16, 4 };
+	km_moe_tile tile = { 8, 48, 1024, 1, 16, 3 };
 	km_moe_plan plan;
 
 	(void)state;
@@ -96,12 +97,12 @@ static void test_refusals(void **state)
 	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), 0);
 	tile.block_k = 256;
 	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), KM_EUNSUPPORTED);
-	assert_non_null(strstr(err.msg, "BLOCK_SIZE_K 512, got 256"));
-	tile.block_k = 512;
+	assert_non_null(strstr(err.msg, "BLOCK_SIZE_K 1024, got 256"));
+	tile.block_k = 1024;
 	tile.stages = 17;
 	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), KM_EUNSUPPORTED);
 	assert_non_null(strstr(err.msg, "num_stages"));
-	tile.stages = 4;
+	tile.stages = 3;
 	tile.warps = 4;
 	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, &tile, &err), KM_EUNSUPPORTED);
 	assert_non_null(strstr(err.msg, "num_warps is 16, got 4"));

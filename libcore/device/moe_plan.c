@@ -14,6 +14,8 @@
 #include "format/moe_layout.h"
 
 enum {
+	PREFILL_M = 128,           /* places of the warp-group form's tile: kernels/moe_prefill.cu */
+	PREFILL_TOKENS = 1024,     /* from which it is taken */
 	MAX_STAGES = 16,
 	MAX_X_STAGES = 4,
 	SMEM_BYTES = 227 * 1024,   /* that a block of capability 9.0 can have */
@@ -32,9 +34,9 @@ enum {
 static const struct shape {
 	int block_m, block_n, rows_per_warp, warps, records; /* records: of a row block, a warp's in a stage */
 } shapes[] = {
-	{ 8, 16, 16, 16, 1 },  { 8, 32, 16, 16, 1 },   { 8, 64, 16, 16, 1 },   { 8, 128, 16, 16, 1 },
+	{ 8, 32, 32, 16, 1 },  { 8, 64, 32, 16, 1 },   { 8, 128, 32, 16, 1 },  { 8, 256, 32, 16, 1 },
 	{ 16, 64, 16, 16, 1 }, { 16, 128, 16, 16, 1 }, { 16, 256, 16, 16, 1 }, { 32, 128, 16, 16, 1 },
-	{ 32, 256, 32, 8, 2 }, { 64, 256, 32, 8, 2 },
+	{ 32, 256, 32, 8, 2 }, { 64, 256, 32, 8, 2 }, { PREFILL_M, 256, 32, 8, 1 },
 };
 enum { SHAPES = sizeof(shapes) / sizeof(*shapes) };
 
@@ -62,9 +64,10 @@ static bool sorts_inside(const struct shape *s, const km_moe_problem *p)
 static size_t x_stage_bytes(const struct shape *s, const km_moe_problem *p)
 {
 	int most = sorts_inside(s, p) ? p->tokens : p->tokens * p->top_k;
+	int pad = s->block_m == PREFILL_M ? 0 : PAD;
 	int rows = s->block_m <= 16 && most < s->block_m ? most : s->block_m;
 
-	return (size_t)rows * (size_t)(2 * block_k_of(s) + PAD);
+	return (size_t)rows * (size_t)(2 * block_k_of(s) + pad);
 }
 
 static bool decode_fits(const struct shape *s, const km_moe_problem *p)
@@ -120,6 +123,8 @@ static int choose_x_stages(const struct shape *s, const km_moe_problem *p, const
 
 static bool shape_fits(const struct shape *s, const km_moe_problem *p, const km_moe_device *d)
 {
+	if (s->block_m == PREFILL_M && (p->tokens <= PART_F32_TOKENS || d->capability != 90))
+		return false;
 	return 2 * p->intermediate % s->block_n == 0 && p->hidden % (s->warps * s->rows_per_warp) == 0 &&
 	       stages_beside(s, p, d, 2) >= 2;
 }
@@ -174,6 +179,8 @@ static int choose_block_m(const km_moe_problem *p)
 
 	if (p->tokens <= 8)
 		return 8;
+	if (p->tokens >= PREFILL_TOKENS)
+		return PREFILL_M;
 	return most <= 9 ? 8 : most <= 17 ? 16 : most <= 34 ? 32 : 64;
 }
 
@@ -228,7 +235,9 @@ static int check_entry(const km_moe_tile *t, const km_moe_problem *p, const km_m
 static void fill_stream(km_moe_plan *plan, const struct shape *s, const km_moe_problem *p,
                         const km_moe_device *d)
 {
-	plan->form = decode_fits(s, p) ? KM_MOE_DECODE : KM_MOE_GROUPED;
+	plan->form = decode_fits(s, p)          ? KM_MOE_DECODE
+	             : s->block_m == PREFILL_M ? KM_MOE_PREFILL
+	                                       : KM_MOE_GROUPED;
 	plan->rows_per_warp = s->rows_per_warp;
 	plan->split = split_of(s);
 	plan->x_stages = MAX_X_STAGES;
@@ -327,7 +336,7 @@ size_t km_moe_scratch_size(const km_moe_problem *p, const km_moe_device *d)
 
 const char *km_moe_form_name(enum km_moe_form form)
 {
-	static const char *const names[] = { "decode", "grouped", "general" };
+	static const char *const names[] = { "decode", "prefill", "grouped", "general" };
 
 	return names[form];
 }

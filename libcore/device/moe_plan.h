@@ -7,7 +7,7 @@
  * numbers carry the names of the tuning files' keys; a file's entry for M tokens is one km_moe_tile.
  *
  *   block_m  BLOCK_SIZE_M: routed places (tokens of one expert) that a tile takes; 8 to 64
- *   block_n  BLOCK_SIZE_N: rows of the gate-and-up matrix (2 * intermediate) in a tile; 16 to 256
+ *   block_n  BLOCK_SIZE_N: rows of the gate-and-up matrix (2 * intermediate) in a tile; 32 to 256
  *   block_k  BLOCK_SIZE_K: columns of it in one stage of shared memory; follows from the other two
  *   group_m  GROUP_SIZE_M: tiles of places that share a pass over the rows; 1 or 4
  *   warps    num_warps: that multiply; follows from the first two too: 8 or 16
@@ -49,6 +49,7 @@ typedef struct km_moe_tile {
 
 enum km_moe_form {
 	KM_MOE_DECODE,  /* one launch; the down projection sums over the experts on chip */
+	KM_MOE_PREFILL, /* as grouped, by warp-group matrix instructions */
 	KM_MOE_GROUPED, /* one launch after the alignment's; each place's output passes through memory */
 	KM_MOE_GENERAL, /* three launches, CUDA cores: any weight type and shape */
 };
