@@ -32,6 +32,7 @@ typedef struct kk_moe_args {
 	void *part;                /* f32 or bf16 [tokens * top_k, hidden], when not `direct` */
 	void *y;                   /* f32 or bf16 [tokens, hidden] */
 	int32_t *sync;             /* 64 words, zero before the first call; calls that may run at once: one each */
+	int32_t *ready;            /* a word for each tile of places, likewise; NULL: all wait for all */
 	float scale;
 	int tokens, top_k, experts, hidden, intermediate, group;
 	int block_m, block_n, group_m, warps, stages, x_stages, blocks; /* blocks: up to 255 */

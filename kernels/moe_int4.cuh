@@ -420,11 +420,41 @@ __device__ __forceinline__ void wait_round(const int32_t *counter, int round)
 		;
 }
 
+/*
+ * A tile of places whose silu(gate) * up is complete: each warp that stores a part of it counts one. The
+ * down items of a block are mostly of tiles that it has worked on itself, so the grid need not gather.
+ */
+__device__ __forceinline__ void finish_part(const kk_moe_args &a, int tile)
+{
+	__syncwarp(); /* the warp's stores, before lane 0 counts them */
+	if (a.ready && threadIdx.x % 32 == 0)
+		ptx_add_release(a.ready + tile, 1);
+}
+
+/* One warp; `parts`: of a tile. Too many tiles to count: all blocks' arrivals instead. */
+__device__ __forceinline__ void wait_tile(const kk_moe_args &a, int tile, int parts, int round)
+{
+	if (threadIdx.x % 32 == 0) {
+		if (a.ready)
+			while (ptx_load_acquire(a.ready + tile) < parts)
+				;
+		else
+			wait_round(a.sync, round);
+	}
+	__syncwarp(); /* what lane 0 has seen */
+}
+
+/* For the next launch, after every block has passed its last wait_tile. */
+__device__ __forceinline__ void clear_ready(const kk_moe_args &a, int tiles, int threads)
+{
+	for (int i = blockIdx.x * threads + threadIdx.x; a.ready && i < tiles; i += gridDim.x * threads)
+		a.ready[i] = 0;
+}
+
 template <typename L>
 __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const stream_work &w, stream_smem *s,
                                                   int round)
 {
-	int lane = threadIdx.x % 32;
 	ring r = {0, 0, w.x_stages};
 	own_places<L> own;
 	int tile = -1;
@@ -442,15 +472,15 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 	}
 	if (a.direct)
 		return;
-	if (lane == 0)
-		wait_round(a.sync, round);
-	__syncwarp();
-	ptx_fence_copies(); /* the other blocks' ordinary stores, before this warp's copies of them */
+	tile = -1;
 	for (int i = w.down_lo; i < w.down_hi; i++) {
 		item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
 
-		if (it.tile != tile)
+		if (it.tile != tile) {
 			own = find_places<L>(a, s, it.tile);
+			wait_tile(a, it.tile, 2 * a.intermediate / L::ROWS * L::WR, round);
+			ptx_fence_copies(); /* others' ordinary stores, before this warp's copies of them */
+		}
 		tile = it.tile;
 		for (int c = 0; c < w.down_records; c += L::REC)
 			fetch_rows<L, false>(a, w, s, r, own, (const char *)a.act + (size_t)c * RECORD_COLS * 2,
@@ -772,6 +802,8 @@ __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_w
 			give_stage(s->x_empty, q.x.at);
 			q.x.next();
 		}
+		if (warp_column == 0)
+			finish_part(a, it.tile);
 	}
 }
 
@@ -997,9 +1029,11 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		rings q = {{0, 0, w.stages}, {0, 0, w.x_stages}};
 
 		multiply_up<L>(a, w, s, base, sums, q);
-		ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's activations are stored */
-		if (threadIdx.x == 0)
-			arrive_round(a.sync);
+		if (a.direct || !a.ready) {
+			ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's activations are stored */
+			if (threadIdx.x == 0)
+				arrive_round(a.sync);
+		}
 		if constexpr (L::T == 8)
 			if (a.direct) {
 				if (threadIdx.x == 0)
@@ -1015,6 +1049,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 			wait_round(a.sync + SYNC_STRIDE, round_down);
 		}
 		ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
+		clear_ready(a, w.tiles, 32 * L::W);
 		sum_places(a, 32 * L::W);
 	}
 }

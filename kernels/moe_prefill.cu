@@ -102,9 +102,6 @@ __device__ __forceinline__ void gather_activations(const kk_moe_args &a, const s
 		for (int c = 0; c < w.up_records; c++)
 			gather_stage(w, s, r, table, rows, (const uint4 *)a.x + c * (RECORD_COLS / 8));
 	}
-	if (threadIdx.x % 32 == 0)
-		wait_round(a.sync, round);
-	__syncwarp();
 	tile = -1;
 	for (int i = w.down_lo; i < w.down_hi; i++) {
 		item it = find_item(i, w.tiles, a.hidden / prefill_full::DOWN_ROWS, a.group_m);
@@ -113,6 +110,7 @@ __device__ __forceinline__ void gather_activations(const kk_moe_args &a, const s
 			lane_places p = find_lane_places(a, it.tile);
 
 			rows = p.rows;
+			wait_tile(a, it.tile, 2 * a.intermediate / prefill_full::ROWS * prefill_full::WR, round);
 			write_table(table, p, 1, a.intermediate / 8);
 		}
 		tile = it.tile;
@@ -307,6 +305,8 @@ __device__ __forceinline__ void multiply_items(const kk_moe_args &a, const strea
 			one_item<UP, 96>(a, w, s, m, p, it.rows);
 		else
 			one_item<UP, 128>(a, w, s, m, p, it.rows);
+		if (UP)
+			finish_part(a, it.tile);
 	}
 }
 
@@ -356,9 +356,11 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 1) moe_prefill(const __grid_c
 
 		ptx_more_registers<224>();
 		multiply_items<true>(a, w, s, m);
-		ptx_barrier_some(BAR_ALL, 32 * prefill_full::W); /* this block's activations are stored */
-		if (threadIdx.x == 0)
-			arrive_round(a.sync);
+		if (!a.ready) {
+			ptx_barrier_some(BAR_ALL, 32 * prefill_full::W); /* this block's activations are stored */
+			if (threadIdx.x == 0)
+				arrive_round(a.sync);
+		}
 		multiply_items<false>(a, w, s, m);
 		ptx_barrier_some(BAR_ALL, 32 * prefill_full::W); /* this block's parts are stored */
 		if (threadIdx.x == 0) {
@@ -366,6 +368,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 1) moe_prefill(const __grid_c
 			wait_round(a.sync + SYNC_STRIDE, round_down);
 		}
 		ptx_barrier_some(BAR_ALL, 32 * prefill_full::W); /* every block's are */
+		clear_ready(a, w.tiles, 32 * prefill_full::W);
 		sum_places(a, 32 * prefill_full::W);
 	}
 }

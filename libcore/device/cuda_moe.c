@@ -7,7 +7,8 @@
 /*
  * Scratch, in this order, each piece at a multiple of 256 bytes (km_moe_scratch_size counts them):
  *
- *   sync          KM_MOE_SYNC_BYTES, zero before the first call
+ *   sync, ready   KM_MOE_SYNC_BYTES, zero before the first call: two counters in 256 bytes; then a word for each
+ *                 tile of places, unless there are more tiles than words
  *   ids           [tokens, top_k], through the expert map     when there is one
  *   sorted, block_expert, total, counts                       kk_align's, unless the kernel sorts inside
  *   act           [tokens * top_k, intermediate]              both matrices' only meeting point
@@ -15,7 +16,7 @@
  */
 typedef struct scratch {
 	char *next;
-	int32_t *sync, *ids, *sorted, *block_expert, *total, *counts;
+	int32_t *sync, *ready, *ids, *sorted, *block_expert, *total, *counts;
 	void *act, *part;
 } scratch;
 
@@ -27,6 +28,14 @@ static void *piece(scratch *s, size_t bytes)
 	return p;
 }
 
+static size_t most_tiles(const km_moe_plan *plan, const km_moe_problem *p)
+{
+	size_t places = (size_t)p->tokens * (size_t)p->top_k, experts = (size_t)p->experts;
+
+	return plan->align_inside ? places
+	                          : places / (size_t)plan->tile.block_m + (places < experts ? places : experts);
+}
+
 static scratch lay_out(const km_moe_plan *plan, const km_moe_problem *p, const km_moe_buffers *b)
 {
 	size_t places = (size_t)p->tokens * (size_t)p->top_k;
@@ -34,6 +43,8 @@ static scratch lay_out(const km_moe_plan *plan, const km_moe_problem *p, const k
 	scratch s = { .next = b->scratch };
 
 	s.sync = piece(&s, KM_MOE_SYNC_BYTES);
+	if (!general && most_tiles(plan, p) <= (KM_MOE_SYNC_BYTES - 256) / 4)
+		s.ready = s.sync + 64;
 	if (b->expert_map)
 		s.ids = piece(&s, places * 4);
 	if (!general && !plan->align_inside) {
@@ -89,7 +100,7 @@ static cudaError_t run_stream(km_cuda *cuda, const km_moe_plan *plan, const km_m
 		.x = b->x, .ids = b->expert_map ? s->ids : b->ids, .weights = b->weights,
 		.gate_up = w->gate_up.data, .down = w->down.data, .gate_up_stride = w->gate_up.data_stride,
 		.down_stride = w->down.data_stride, .sorted = s->sorted, .block_expert = s->block_expert,
-		.total = s->total, .act = s->act, .part = s->part, .y = b->y, .sync = s->sync,
+		.total = s->total, .act = s->act, .part = s->part, .y = b->y, .sync = s->sync, .ready = s->ready,
 		.scale = b->routed_scale, .tokens = p->tokens, .top_k = p->top_k, .experts = p->experts,
 		.hidden = p->hidden, .intermediate = p->intermediate, .group = p->group,
 		.block_m = plan->tile.block_m, .block_n = plan->tile.block_n,

@@ -76,8 +76,8 @@ int km_moe_candidates(const km_moe_problem *problem, const km_moe_device *device
                       int max);
 
 /* Device memory that calls of up to problem->tokens tokens need besides arguments and results, whatever
- * their plan. Its first KM_MOE_SYNC_BYTES must be zero before the first call; every call leaves them so. */
-enum { KM_MOE_SYNC_BYTES = 256 };
+ * their plan. Its first KM_MOE_SYNC_BYTES must be zero before the first call, and are nobody else's to write. */
+enum { KM_MOE_SYNC_BYTES = 64 * 1024 };
 size_t km_moe_scratch_size(const km_moe_problem *problem, const km_moe_device *device);
 
 const char *km_moe_form_name(enum km_moe_form form);
