@@ -134,8 +134,8 @@ commit := $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 $(BUILD)/commit.h: force
 	@mkdir -p $(@D)
 	@echo '#define KM_COMMIT "$(commit)"' | cmp -s - $@ || echo '#define KM_COMMIT "$(commit)"' >$@
-$(BUILD)/tools/kimi-bench-gate.o: $(BUILD)/commit.h
-$(BUILD)/tools/kimi-bench-gate.o: ALL_CFLAGS += -I$(BUILD)
+$(BUILD)/tools/kimi-bench-gate.o $(BUILD)/tools/kimi-serve.o: $(BUILD)/commit.h
+$(BUILD)/tools/kimi-bench-gate.o $(BUILD)/tools/kimi-serve.o: ALL_CFLAGS += -I$(BUILD)
 
 $(BUILD)/bin/%: $(BUILD)/tools/%.o $(BUILD)/libcore.a
 	@mkdir -p $(@D)

@@ -296,6 +296,7 @@ line() {
 		*) sh -e -c "$example" >printed 2>/dev/null ;;
 		esac
 	done < <(sed -n 's/^\.Dl //p' "$BATS_TEST_DIRNAME/../man/kimi-serve.1")
-	[ "$count" -eq 3 ]
+	[ "$count" -eq 4 ]
 	grep -q '"custom_id":"a"' answers.jsonl
+	grep -q '^experts ' printed
 }

@@ -13,7 +13,9 @@
 #include "base/mem.h"
 #include "base/option.h"
 #include "base/outfile.h"
+#include "commit.h"
 #include "device/cuda.h"
+#include "engine/bench_one_batch.h"
 #include "device/tune.h"
 #include "wire/batch_lines.h"
 #include "wire/serve.h"
@@ -23,13 +25,15 @@ enum { EXIT_OK, EXIT_FAILED, EXIT_USAGE };
 struct options {
 	const char *model, *name, *host, *api_key, *kv_dtype, *template, *tool_parser,
 		*reasoning_parser;
-	const char *sampling, *log_level, *isa, *device, *accepted, *expert_stats, *moe_configs;
+	const char *sampling, *log_level, *isa, *device, *load_format, *expert_stats, *moe_configs;
+	const char *bench;
 	int64_t port, max_body, max_connections, context, running, queued, total_tokens, chunk,
 		page, threads;
 	int64_t stream_buffer, tp, pp, dp, ep, dcp, nodes;
 	double memory, request_timeout, stream_timeout, keepalive, drain;
 	bool batch, plan, explain, log_requests, no_prefix_cache, no_graphs, deterministic, quiet;
-	bool rewrite_ids, require_tuned;
+	bool rewrite_ids, require_tuned, json, skip_prefill;
+	int64_t layers, shard_of;
 };
 
 #define AT(field) offsetof(struct options, field)
@@ -72,6 +76,15 @@ static const km_option table[] = {
 	     "answer OpenAI batch lines from stdin on stdout, as they finish, and exit"),
 	FLAG("plan", plan, "print the memory plan and exit; 1 when it does not fit"),
 	FLAG("explain", explain, "print every kernel choice and its reason, and exit"),
+	STRING("bench-one-batch", "B,I,O[;...]", bench,
+	       "time batches of B prompts of I random tokens, O generated each, by op, and exit"),
+
+	HEADING("With --bench-one-batch"),
+	INT("layers", layers, 1, 100000, "the first N layers, with random weights"),
+	INT("shard-of", shard_of, 1, 1024,
+	    "one of N tensor-parallel ranks' slice, with random weights; nothing is exchanged"),
+	FLAG("skip-prefill", skip_prefill, "decode over a cache of random numbers"),
+	FLAG("json", json, "for machines"),
 
 	HEADING("Serving"),
 	STRING("host", "HOST", host, "address to listen on (default 127.0.0.1)"),
@@ -150,7 +163,8 @@ static const km_option table[] = {
 	INT("ep-size,ep", ep, 0, 100000, "1 is all there is"),
 	INT("dcp-size,decode-context-parallel-size", dcp, 0, 100000, "1 is all there is"),
 	INT("nnodes", nodes, 0, 100000, "1 is all there is"),
-	CHOICE("load-format", "NAME", accepted, "auto|safetensors", "only safetensors are read"),
+	CHOICE("load-format", "NAME", load_format, "auto|safetensors|dummy",
+	       "safetensors, or for --bench-one-batch dummy: random weights"),
 	ACCEPTED("trust-remote-code", NULL, "no code is ever taken from a checkpoint"),
 	ACCEPTED("enable-auto-tool-choice", NULL, "tool_choice auto always works"),
 	ACCEPTED("enable-metrics", NULL, "/metrics is always there"),
@@ -196,7 +210,8 @@ static const km_usage usage = {
 	.tool = "kimi-serve",
 	.synopsis = "--model-path DIR [OPTION]...\n--model-path DIR --batch [OPTION]... < IN.jsonl "
 	            "> OUT.jsonl\n"
-		    "--model-path DIR --plan | --explain",
+		    "--model-path DIR --plan | --explain\n"
+		    "--model-path DIR|CONFIG --bench-one-batch B,I,O[;B,I,O]... [OPTION]...",
 	.summary = "Answers OpenAI requests from a checkpoint, over HTTP or from a file.",
 	.options = table,
 	.count = sizeof(table) / sizeof(*table),
@@ -434,6 +449,38 @@ static int save_expert_stats(const char *path, const km_engine *engine)
 	return rc < 0 ? complain(&err) : EXIT_OK;
 }
 
+static bool has_random_weights(const struct options *o)
+{
+	return o->layers || o->shard_of || !strcmp(o->load_format, "dummy");
+}
+
+static int run_bench(const struct options *o, const km_engine_options *engine_opts)
+{
+	km_model_random random = { (int)o->layers, o->shard_of ? (int)o->shard_of : 1, 1 };
+	km_bench_options options = {
+		.model = o->model,
+		.cases = o->bench,
+		.random = has_random_weights(o) ? &random : NULL,
+		.engine = engine_opts,
+		.chunk = (int)o->chunk,
+		.skip_prefill = o->skip_prefill,
+		.commit = KM_COMMIT,
+	};
+	km_bench_report report;
+	km_buf text = KM_BUF_INIT;
+	km_err err;
+	int status;
+
+	if (km_bench_one_batch(&options, &report, &err) < 0) {
+		status = complain(&err);
+	} else {
+		(o->json ? km_bench_report_json : km_bench_report_text)(&report, &text);
+		status = print(&text);
+	}
+	km_bench_report_release(&report);
+	return status;
+}
+
 static int run(const struct options *o, const km_engine_options *engine_opts)
 {
 	km_service_options options = {
@@ -469,6 +516,23 @@ static int run(const struct options *o, const km_engine_options *engine_opts)
 	return status;
 }
 
+static int check_bench(const struct options *o, km_err *err)
+{
+	km_bench_case *cases;
+	int count, rc;
+
+	if (!o->bench) {
+		if (has_random_weights(o) || o->skip_prefill || o->json)
+			return km_fail(err, KM_EINVAL,
+			               "--layers, --shard-of, --skip-prefill, --json and --load-format dummy "
+			               "go with --bench-one-batch");
+		return 0;
+	}
+	rc = km_bench_parse(o->bench, &cases, &count, err);
+	free(cases);
+	return rc;
+}
+
 static int check(const struct options *o, km_err *err)
 {
 	if (!o->model)
@@ -477,8 +541,10 @@ static int check(const struct options *o, km_err *err)
 		return km_fail(err, KM_EUNSUPPORTED,
 		               "parallel sizes (--tp-size, --pp-size, --dp-size, --ep-size, "
 		               "--dcp-size, --nnodes) other than 1 are not built");
-	if (o->batch + o->plan + o->explain > 1)
-		return km_fail(err, KM_EINVAL, "--batch, --plan and --explain exclude each other");
+	if (o->batch + o->plan + o->explain + (o->bench != NULL) > 1)
+		return km_fail(err, KM_EINVAL,
+		               "--batch, --plan, --explain and --bench-one-batch exclude each other");
+	KM_TRY(check_bench(o, err));
 	if (o->require_tuned && !strcmp(o->device, "cpu"))
 		return km_fail(err, KM_EINVAL, "--require-tuned goes with a GPU: the CPU's experts have no table");
 	if (o->api_key && !*o->api_key)
@@ -501,6 +567,7 @@ int main(int argc, char **argv)
 		.tool_parser = "auto",
 		.reasoning_parser = "auto",
 		.sampling = "model",
+		.load_format = "auto",
 		.log_level = "info",
 		.max_body = 32 << 20,
 		.max_connections = 1000,
@@ -535,10 +602,8 @@ int main(int argc, char **argv)
 	engine_options(&o, &engine);
 	if (choose_device(&o, &engine, &err) < 0)
 		return complain(&err);
-	if (engine.backend != KM_BACKEND_CUDA)
-		return o.plan ? print_plan(&engine) : run(&o, &engine);
-	tables = find_tables(&o, &engine);
-	rc = o.plan ? print_plan(&engine) : run(&o, &engine);
+	tables = engine.backend == KM_BACKEND_CUDA ? find_tables(&o, &engine) : NULL;
+	rc = o.plan ? print_plan(&engine) : o.bench ? run_bench(&o, &engine) : run(&o, &engine);
 	free(tables);
 	return rc;
 }
