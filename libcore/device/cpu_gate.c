@@ -1,12 +1,13 @@
 /*
  * The gate: one form for all, since a row costs microseconds.
  *
- * A row's work is exact selection, so nothing is approximated: scores through libm's expf in a
+ * A row's work is exact selection, so nothing is approximated: scores through one exp in a
  * fixed order, and a sorted list of at most top_k entries that a later expert enters only when it
  * is strictly better, which gives ties to the lower id. Experts come in rising order of id.
  */
 #include <math.h>
 
+#include "base/fixed_math.h"
 #include "device/cpu.h"
 
 typedef struct gate_row {
@@ -15,11 +16,20 @@ typedef struct gate_row {
 	float largest, sum; /* of softmax */
 } gate_row;
 
-static float score_of(const gate_row *row, int e)
+enum { SCORES = 64 };
+
+/* Scores of up to SCORES experts from `e` on: a loop that becomes vectors. */
+static void score_block(const gate_row *row, int e, float *scores)
 {
+	int left = row->args->experts - e, count = left < SCORES ? left : SCORES;
+	const float *logits = row->logits + e;
+
 	if (row->args->softmax)
-		return expf(row->logits[e] - row->largest) / row->sum;
-	return 1.0f / (1.0f + expf(-row->logits[e]));
+		for (int i = 0; i < count; i++)
+			scores[i] = km_fixed_exp(logits[i] - row->largest) / row->sum;
+	else
+		for (int i = 0; i < count; i++)
+			scores[i] = 1.0f / (1.0f + km_fixed_exp(-logits[i]));
 }
 
 /* What experts are selected by; -inf: never. */
@@ -37,16 +47,21 @@ static void softmax_sums(gate_row *row)
 		row->largest = row->logits[e] > row->largest ? row->logits[e] : row->largest;
 	row->sum = 0;
 	for (int e = 0; e < row->args->experts; e++)
-		row->sum += expf(row->logits[e] - row->largest);
+		row->sum += km_fixed_exp(row->logits[e] - row->largest);
 }
 
 /* The sum of the group's two best; -inf when it has no expert to select. */
 static float group_score(const gate_row *row, int group, int size)
 {
-	float best = -INFINITY, second = -INFINITY;
+	float best = -INFINITY, second = -INFINITY, scores[SCORES];
 
 	for (int e = group * size; e < (group + 1) * size; e++) {
-		float choice = choice_of(row, e, score_of(row, e));
+		int i = (e - group * size) % SCORES;
+		float choice;
+
+		if (i == 0)
+			score_block(row, e, scores);
+		choice = choice_of(row, e, scores[i]);
 
 		if (choice > best) {
 			second = best;
@@ -95,21 +110,24 @@ static void select_experts(const gate_row *row, gate_list *list)
 {
 	const km_gate_args *a = row->args;
 	int groups = a->groups > 1 ? a->groups : 1, size = a->experts / groups;
-	float scores[KM_GATE_MAX_GROUPS];
+	float group_scores[KM_GATE_MAX_GROUPS], scores[SCORES];
 
 	for (int g = 0; g < groups && groups > 1; g++)
-		scores[g] = group_score(row, g, size);
-	for (int e = 0; e < a->experts; e++) {
-		float score, choice;
-
-		if (groups > 1 && e % size == 0 && !group_is_in(scores, a, e / size)) {
-			e += size - 1;
+		group_scores[g] = group_score(row, g, size);
+	for (int g = 0; g < groups; g++) {
+		if (groups > 1 && !group_is_in(group_scores, a, g))
 			continue;
+		for (int i = 0; i < size; i++) {
+			int e = g * size + i;
+			float choice;
+
+			if (i % SCORES == 0)
+				score_block(row, e, scores);
+			choice = choice_of(row, e, scores[i % SCORES]);
+			if (choice > (list->count < list->max ? -INFINITY
+			                                      : list->choices[list->max - 1]))
+				list_add(list, e, scores[i % SCORES], choice);
 		}
-		score = score_of(row, e);
-		choice = choice_of(row, e, score);
-		if (choice > (list->count < list->max ? -INFINITY : list->choices[list->max - 1]))
-			list_add(list, e, score, choice);
 	}
 }
 

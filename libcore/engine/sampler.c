@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/fixed_math.h"
 #include "base/mem.h"
 #include "base/rng.h"
 #include "engine/vocab.h"
@@ -526,7 +527,7 @@ static int32_t draw(km_sampler *s, const row *r, const km_sample_args *args)
 		n = order_by_id(s, r, n);
 	} else {
 		/* A little further than min_p's own line, which keep_min_p draws on the weights. */
-		double line = -log(p->min_p) * 1.0001 + 1e-4;
+		double line = -km_fixed_log(p->min_p) * 1.0001 + 1e-4;
 
 		n = gather(s, r, least_logit(r, line < 87 ? (float)line : 87.0f), s->vocab);
 		weigh(s->candidates, n, r);
@@ -580,7 +581,7 @@ static int top_logits(const km_sampler *s, const row *r, int want, km_logprob *t
 
 static void fill_logprobs(km_sampler *s, const row *r, int want, km_sampled *out)
 {
-	double log_sum = log(s->ops->exp_sum(r->logits, s->vocab, r->max, 1, NULL));
+	double log_sum = km_fixed_log(s->ops->exp_sum(r->logits, s->vocab, r->max, 1, NULL));
 
 	out->logprob = (float)((double)r->logits[out->id] - (double)r->max - log_sum);
 	out->top_count = top_logits(s, r, want, out->top);

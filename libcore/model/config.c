@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "base/fixed_math.h"
 #include "base/mem.h"
 #include "format/moe_layout.h"
 #include "model/config_quant.h"
@@ -58,7 +59,7 @@ double km_config_softmax_scale(const km_config *config)
 	double mscale = 1;
 
 	if (rope->yarn && rope->factor > 1)
-		mscale = 0.1 * rope->mscale_all_dim * log(rope->factor) + 1;
+		mscale = 0.1 * rope->mscale_all_dim * km_fixed_log(rope->factor) + 1;
 	return scale * mscale * mscale;
 }
 

@@ -7,9 +7,11 @@
 
 #include <math.h>
 
+#include "base/fixed_math.h"
+
 static double mscale(double factor, double scale)
 {
-	return factor <= 1 ? 1 : 0.1 * scale * log(factor) + 1;
+	return factor <= 1 ? 1 : 0.1 * scale * km_fixed_log(factor) + 1;
 }
 
 /* The dimension (not rounded) whose wave makes `rotations` turns over the original context. */
@@ -17,7 +19,7 @@ static double correction_dim(const km_rope_config *rope, int dim, double rotatio
 {
 	double turns = rope->original_max_position_embeddings / (rotations * 2 * M_PI);
 
-	return dim * log(turns) / (2 * log(rope->theta));
+	return dim * km_fixed_log(turns) / (2 * km_fixed_log(rope->theta));
 }
 
 static float attention_factor(const km_rope_config *rope)
@@ -36,7 +38,7 @@ static void stretch(const km_rope_config *rope, int dim, float *frequency)
 	if (low == high)
 		high += 0.001;
 	for (int i = 0; i < dim / 2; i++) {
-		float wave = (float)pow(rope->theta, (float)(2 * i) / (float)dim);
+		float wave = (float)km_fixed_power(rope->theta, (float)(2 * i) / (float)dim);
 		float ramp = fminf(fmaxf(((float)i - (float)low) / (float)(high - low), 0), 1);
 		float keep = 1 - ramp;
 
@@ -51,7 +53,7 @@ float km_rope_frequencies(const km_rope_config *rope, int dim, float *frequency)
 		return attention_factor(rope);
 	}
 	for (int i = 0; i < dim / 2; i++)
-		frequency[i] = 1 / (float)pow(rope->theta, (float)(2 * i) / (float)dim);
+		frequency[i] = 1 / (float)km_fixed_power(rope->theta, (float)(2 * i) / (float)dim);
 	return 1;
 }
 
@@ -68,10 +70,11 @@ void km_rope_table(const km_rope_config *rope, int dim, int positions, float *ta
 		float *row = table + (size_t)p * (size_t)dim;
 
 		for (int i = 0; i < pairs; i++) {
-			float angle = (float)p * frequency[i];
+			double sine, cosine;
 
-			row[i] = (float)cos(angle) * factor;
-			row[pairs + i] = (float)sin(angle) * factor;
+			km_fixed_sincos((float)p * frequency[i], &sine, &cosine);
+			row[i] = (float)cosine * factor;
+			row[pairs + i] = (float)sine * factor;
 		}
 	}
 }
