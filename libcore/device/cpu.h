@@ -85,7 +85,7 @@ void km_cpu_rope(const km_rope_args *a);
 void km_cpu_kv_write(const km_kv_write_args *a);
 void km_cpu_gate(const km_gate_args *a);
 
-extern const km_ops km_cpu_plain_ops;
+extern const km_ops km_cpu_plain_ops, km_cpu_portable_ops;
 extern const km_ops km_cpu_avx2_ops, km_cpu_avx512_ops; /* x86-64 */
 
 #endif

@@ -14,7 +14,7 @@ const char *const km_cpu_isas[] = {
 #if defined(__x86_64__)
 	"avx512", "avx2",
 #endif
-	"plain", NULL,
+	"plain", "portable", NULL,
 };
 
 #if defined(__x86_64__)
@@ -53,10 +53,18 @@ const km_ops *km_cpu_ops(const char *isa)
 
 		if (isa && strcmp(isa, km_cpu_isas[i]))
 			continue;
-		ops = strcmp(km_cpu_isas[i], "plain") ? vector_ops(km_cpu_isas[i])
-		                                      : &km_cpu_plain_ops;
+		ops = !strcmp(km_cpu_isas[i], "plain")      ? &km_cpu_plain_ops
+		      : !strcmp(km_cpu_isas[i], "portable") ? &km_cpu_portable_ops
+		                                            : vector_ops(km_cpu_isas[i]);
 		if (ops)
 			return ops;
 	}
 	return NULL;
+}
+
+const char *km_cpu_fixed_isa(void)
+{
+	const char *best = km_cpu_ops(NULL)->name;
+
+	return strcmp(best, "plain") ? best : "portable";
 }

@@ -16,8 +16,11 @@
  * Not kept: VBMI's multishift for the first rung's unpacking, 6% on data in L2, nothing from
  * memory.
  *
- * ORDER  Lane l of an accumulator sums columns l, l + VL, ... in rising order, then v_sums adds the
- * lanes. Both paths below do just that, so a row's result is the same bits alone or among others.
+ * ORDER  Lane l of LANES sums columns l, l + LANES, ... in rising order, then v_sums adds the lanes.
+ * Both paths below do just that with every VL, so a row's result is the same bits alone or among
+ * others, on whichever machine. Where a vector holds but a part of the lanes, the loops run over their
+ * columns once for each part: the second time they come from L1, and the registers hold as many
+ * different sums as before.
  *
  *   few rows:  weights go from their own layout through registers into up to VL accumulators
  *   many rows: WEIGHT_ROWS rows of a weight become f32 in a buffer that stays in L1, CHUNK columns
@@ -29,8 +32,6 @@
  */
 #ifndef KM_DEVICE_CPU_DOT_H
 #define KM_DEVICE_CPU_DOT_H
-
-#if defined(__AVX2__)
 
 #include <stdbool.h>
 
@@ -159,21 +160,21 @@ KM_INLINE void prefetch_step(enum km_weight_type type, const char *row, int col,
 		v_prefetch(row + at + ahead + 64);
 }
 
-/* One CHUNK of dot_direct. */
+/* One CHUNK of dot_direct, one part of the lanes. */
 KM_INLINE void dot_chunk(enum km_weight_type type, int tokens, int rows, const weight_view *v,
                          const char *const *at, const float *const *x, int col, int count,
-                         const float (*scales)[CHUNK / STEP], vf *acc)
+                         const float (*scales)[CHUNK / STEP], int part, vf *acc)
 {
 	int left = v->scale_cols - col % v->scale_cols, s = 0;
 
 	for (int step = col; step < col + count; step += STEP) {
-		vf values[4][STEP / VL];
+		vf values[4][STEP / LANES];
 
 #pragma GCC unroll 4
 		for (int t = 0; t < tokens; t++)
 #pragma GCC unroll 4
-			for (int c = 0; c < STEP / VL; c++) {
-				values[t][c] = v_load(x[t] + step + c * VL);
+			for (int c = 0; c < STEP / LANES; c++) {
+				values[t][c] = v_load(x[t] + step + c * LANES + part * VL);
 				if (type == KM_W_INT4)
 					values[t][c] = v_shuffle(values[t][c]);
 			}
@@ -181,11 +182,12 @@ KM_INLINE void dot_chunk(enum km_weight_type type, int tokens, int rows, const w
 		for (int r = 0; r < rows; r++) {
 			vf scale = has_scale(type) ? step_scale(type, scales[r][s]) : v_zero();
 
-			prefetch_step(type, at[r], step, (size_t)rows * v->row_bytes);
+			if (part == 0)
+				prefetch_step(type, at[r], step, (size_t)rows * v->row_bytes);
 #pragma GCC unroll 4
-			for (int c = 0; c < STEP / VL; c++) {
-				vf weights =
-					load_weights(type, at[r], (size_t)(step + c * VL), scale);
+			for (int c = 0; c < STEP / LANES; c++) {
+				size_t at_col = (size_t)(step + c * LANES + part * VL);
+				vf weights = load_weights(type, at[r], at_col, scale);
 
 #pragma GCC unroll 4
 				for (int t = 0; t < tokens; t++)
@@ -209,25 +211,31 @@ KM_INLINE void dot_direct(enum km_weight_type type, int tokens, int rows, const 
 	int last = v->w->rows - 1, cols = v->w->cols;
 	float scales[VL][CHUNK / STEP], lanes[VL];
 	const char *at[VL];
-	vf acc[VL];
+	vf acc[PARTS][VL];
 
 	for (int r = 0; r < rows; r++)
 		at[r] = weight_at(v, row + r < last ? row + r : last);
+#pragma GCC unroll 4
+	for (int p = 0; p < PARTS; p++)
 #pragma GCC unroll 16
-	for (int i = 0; i < VL; i++)
-		acc[i] = v_zero();
+		for (int i = 0; i < VL; i++)
+			acc[p][i] = v_zero();
 	for (int col = 0; col < cols; col += CHUNK) {
 		int count = cols - col < CHUNK ? cols - col : CHUNK, first = col / v->scale_cols;
 
 		for (int r = 0; has_scale(type) && r < rows; r++)
 			read_scales(v, row + r < last ? row + r : last, first,
 			            (col + count - 1) / v->scale_cols - first + 1, scales[r]);
-		dot_chunk(type, tokens, rows, v, at, x, col, count, scales, acc);
+#pragma GCC unroll 4
+		for (int p = 0; p < PARTS; p++)
+			dot_chunk(type, tokens, rows, v, at, x, col, count, scales, p, acc[p]);
 	}
+#pragma GCC unroll 4
+	for (int p = 0; p < PARTS; p++)
 #pragma GCC unroll 16
-	for (int i = 0; i < VL; i++)
-		acc[i] = type == KM_W_INT4 ? v_unshuffle(acc[i]) : acc[i];
-	v_store(lanes, v_sums(acc));
+		for (int i = 0; i < VL; i++)
+			acc[p][i] = type == KM_W_INT4 ? v_unshuffle(acc[p][i]) : acc[p][i];
+	v_sums(acc, lanes);
 	for (int t = 0; t < tokens; t++)
 		memcpy(sums + t * DOT_ROWS, lanes + t * rows, (size_t)rows * sizeof(float));
 }
@@ -302,14 +310,14 @@ KM_INLINE void widen_row_of(enum km_weight_type type, const weight_view *v, int 
 	}
 }
 
-/* Columns [col, col + count) of a row as f32, count <= CHUNK, zeros up to a multiple of VL after
- * them. A row past the last is the last again. */
+/* Columns [col, col + count) of a row as f32, count <= CHUNK, zeros up to a multiple of LANES
+ * after them. A row past the last is the last again. */
 static void widen_row(const weight_view *v, int row, int col, int count, float *to)
 {
 	row = row < v->w->rows ? row : v->w->rows - 1;
 	if (!v->direct) {
 		km_cpu_weight_row(v->w, row, col, count, to);
-		for (int i = count; i % VL; i++)
+		for (int i = count; i % LANES; i++)
 			to[i] = 0;
 		return;
 	}
@@ -332,14 +340,14 @@ static void widen_row(const weight_view *v, int row, int col, int count, float *
 	}
 }
 
-/* acc[i * TILE_COLS + j] += the lanes of x[i] * w[j] over `count` columns; w is padded with
+/* acc[i * TILE_COLS + j] += one part of the lanes of x[i] * w[j] over `count` columns; w is padded with
  * zeros. */
-KM_INLINE void run_tile(const float *const x[4], const float *w, size_t w_stride, int count,
+KM_INLINE void run_part(const float *const x[4], const float *w, size_t w_stride, int count, int part,
                         vf acc[VL])
 {
-	int c = 0;
+	int c = part * VL, end = count / LANES * LANES;
 
-	for (; c + VL <= count; c += VL) {
+	for (; c < end; c += LANES) {
 		vf weights[TILE_COLS];
 
 #pragma GCC unroll 4
@@ -355,33 +363,41 @@ KM_INLINE void run_tile(const float *const x[4], const float *w, size_t w_stride
 					v_fma(values, weights[j], acc[i * TILE_COLS + j]);
 		}
 	}
-	if (c < count)
+	if (end < count)
 		for (int i = 0; i < 4; i++)
 			for (int j = 0; j < TILE_COLS; j++)
-				acc[i * TILE_COLS + j] = v_fma(v_load_n(x[i] + c, count - c),
+				acc[i * TILE_COLS + j] = v_fma(v_load_up_to(x[i] + c, count - c),
 				                               v_load(w + (size_t)j * w_stride + c),
 				                               acc[i * TILE_COLS + j]);
 }
 
-/* One tile over one chunk: from zero or from `held`, to `held` or, at the end, to sums. */
-static void chunk_tile(const float *const x[4], const float *w, size_t w_stride, int count,
-                       vf *held, bool first, bool last, float *sums)
+/* One tile over one chunk: from zero or from `held`, to `held` or, at the end, to `lanes`. */
+KM_INLINE void run_tile(const float *const x[4], const float *w, size_t w_stride, int count,
+                        vf held[PARTS][VL], bool first, float lanes[VL])
 {
-	float lanes[VL];
-	vf acc[VL];
+#pragma GCC unroll 4
+	for (int p = 0; p < PARTS; p++) {
+		vf acc[VL];
 
 #pragma GCC unroll 16
-	for (int i = 0; i < VL; i++)
-		acc[i] = first ? v_zero() : held[i];
-	run_tile(x, w, w_stride, count, acc);
-	if (!last) {
+		for (int i = 0; i < VL; i++)
+			acc[i] = first ? v_zero() : held[p][i];
+		run_part(x, w, w_stride, count, p, acc);
 #pragma GCC unroll 16
 		for (int i = 0; i < VL; i++)
-			held[i] = acc[i];
-		return;
+			held[p][i] = acc[i];
 	}
-	v_store(lanes, v_sums(acc));
-	for (int i = 0; i < 4; i++)
+	if (lanes)
+		v_sums(held, lanes);
+}
+
+static void chunk_tile(const float *const x[4], const float *w, size_t w_stride, int count,
+                       vf held[PARTS][VL], bool first, bool last, float *sums)
+{
+	float lanes[VL];
+
+	run_tile(x, w, w_stride, count, held, first, last ? lanes : NULL);
+	for (int i = 0; i < 4 && last; i++)
 		memcpy(sums + i * DOT_ROWS, lanes + i * TILE_COLS, TILE_COLS * sizeof(float));
 }
 
@@ -389,7 +405,7 @@ static void chunk_tile(const float *const x[4], const float *w, size_t w_stride,
 static void dot_many(const weight_view *v, int row, const float *const *x, int tokens, float *sums)
 {
 	float w[WEIGHT_ROWS * CHUNK] __attribute__((aligned(64)));
-	vf held[DOT_TOKENS / 4 * WEIGHT_ROWS / TILE_COLS][VL];
+	vf held[DOT_TOKENS / 4 * WEIGHT_ROWS / TILE_COLS][PARTS][VL];
 	int cols = v->w->cols;
 
 	for (int col = 0; col < cols; col += CHUNK) {
@@ -424,5 +440,4 @@ static void dot_rows(const weight_view *v, int row, int rows, const float *const
 		dot_many(v, row + r, x, tokens, sums + r);
 }
 
-#endif
 #endif

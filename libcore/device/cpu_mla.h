@@ -15,11 +15,10 @@
 #ifndef KM_DEVICE_CPU_MLA_H
 #define KM_DEVICE_CPU_MLA_H
 
-#if defined(__AVX2__)
-
 #include <math.h>
 #include <omp.h>
 
+#include "base/fixed_math.h"
 #include "device/cpu_dot.h"
 
 /* 4 rows' sums of values: VL registers */
@@ -41,10 +40,10 @@ static void widen_cache(enum km_kv_dtype dtype, const void *cache, size_t at, in
 	km_cpu_kv_load(dtype, cache, at + (size_t)i, count - i, to + i);
 }
 
-/* A latent's place in a block: rows padded with zeros to a multiple of VL. */
+/* A latent's place in a block: rows padded with zeros to a multiple of LANES. */
 static int latent_stride(const km_mla_args *a)
 {
-	return (a->kv_lora_rank + a->rope_dim + VL - 1) / VL * VL;
+	return (a->kv_lora_rank + a->rope_dim + LANES - 1) / LANES * LANES;
 }
 
 static void widen_latents(const km_mla_args *a, int seq, int position, int count, float *to)
@@ -73,7 +72,7 @@ typedef struct softmax_state {
  * be multiplied with. */
 static float softmax_step(softmax_state *state, float *scores, int count, float scale)
 {
-	vf most = v_set1(-INFINITY), sum = v_zero();
+	vf most = v_set1(-INFINITY), sum[PARTS];
 	float lanes[VL], largest = state->largest, rescale;
 
 	for (int i = 0; i < count; i += VL) {
@@ -89,6 +88,8 @@ static float softmax_step(softmax_state *state, float *scores, int count, float 
 	v_store(lanes, most);
 	for (int i = 0; i < VL; i++)
 		largest = lanes[i] > largest ? lanes[i] : largest;
+	for (int p = 0; p < PARTS; p++)
+		sum[p] = v_zero();
 	for (int i = 0; i < BLOCK; i += VL) {
 		float *at = scores + i;
 		vf p = v_exp(v_sub(v_load(at), v_set1(largest)));
@@ -96,9 +97,9 @@ static float softmax_step(softmax_state *state, float *scores, int count, float 
 		v_store(at, p);
 		for (int j = i < count ? count - i : 0; j < VL; j++)
 			at[j] = 0;
-		sum = v_add(sum, v_load(at));
+		sum[i / VL % PARTS] = v_add(sum[i / VL % PARTS], v_load(at));
 	}
-	rescale = state->sum == 0 ? 0 : expf(state->largest - largest);
+	rescale = state->sum == 0 ? 0 : km_fixed_exp(state->largest - largest);
 	state->sum = state->sum * rescale + v_sum(sum);
 	state->largest = largest;
 	return rescale;
@@ -249,13 +250,9 @@ static void latent_scores(const float *const query[4], const float *latents, siz
 {
 	for (int t = 0; t < count; t += TILE_COLS) {
 		float lanes[VL];
-		vf acc[VL];
+		vf acc[PARTS][VL];
 
-#pragma GCC unroll 16
-		for (int i = 0; i < VL; i++)
-			acc[i] = v_zero();
-		run_tile(query, latents + (size_t)t * stride, stride, size, acc);
-		v_store(lanes, v_sums(acc));
+		run_tile(query, latents + (size_t)t * stride, stride, size, acc, true, lanes);
 		for (int i = 0; i < 4; i++)
 			memcpy(scores + i * BLOCK + t, lanes + i * TILE_COLS,
 			       TILE_COLS * sizeof(float));
@@ -553,5 +550,4 @@ static void simd_mla_prefill(const km_mla_args *a)
 	                   prefill_one_head(a, &kv_b, &s, i));
 }
 
-#endif
 #endif

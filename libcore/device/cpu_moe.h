@@ -7,8 +7,6 @@
 #ifndef KM_DEVICE_CPU_MOE_H
 #define KM_DEVICE_CPU_MOE_H
 
-#if defined(__AVX2__)
-
 #include "device/cpu_dot.h"
 
 typedef struct moe_round {
@@ -177,5 +175,4 @@ static void simd_moe(const km_moe_args *a)
 	}
 }
 
-#endif
 #endif

@@ -1,12 +1,10 @@
 /*
- * The ops in vectors: one text for AVX2 and AVX-512, included by cpu_avx2.c and cpu_avx512.c, each
- * of which puts the functions into its table. Dot products are in cpu_dot.h, attention in
+ * The ops in vectors: one text for AVX-512, AVX2 and neither, included by cpu_avx512.c, cpu_avx2.c and
+ * cpu_portable.c, each of which puts the functions into its table. Dot products are in cpu_dot.h, attention in
  * cpu_mla.h, the experts in cpu_moe.h.
  */
 #ifndef KM_DEVICE_CPU_SIMD_H
 #define KM_DEVICE_CPU_SIMD_H
-
-#if defined(__AVX2__)
 
 #include <math.h>
 #include <omp.h>
@@ -20,17 +18,22 @@ static void simd_rmsnorm_row(const km_rmsnorm_args *a, int t)
 	float *residual = a->residual + (size_t)t * (size_t)a->residual_stride;
 	float *y = a->y + (size_t)t * (size_t)a->y_stride;
 	const float *x = a->x ? a->x + (size_t)t * (size_t)a->size : NULL;
-	vf squares = v_zero(), factor;
+	vf squares[PARTS], factor;
 
-	for (int i = 0; i < a->size; i += VL) {
-		vf r = v_load_up_to(residual + i, a->size - i);
+	for (int p = 0; p < PARTS; p++)
+		squares[p] = v_zero();
+	for (int i = 0; i < a->size; i += LANES)
+#pragma GCC unroll 4
+		for (int p = 0; p < PARTS; p++) {
+			int at = i + p * VL, n = a->size - at;
+			vf r = v_load_up_to(residual + at, n);
 
-		if (x) {
-			r = v_add(r, v_load_up_to(x + i, a->size - i));
-			v_store_up_to(residual + i, r, a->size - i);
+			if (x) {
+				r = v_add(r, v_load_up_to(x + at, n));
+				v_store_up_to(residual + at, r, n);
+			}
+			squares[p] = v_fma(r, r, squares[p]);
 		}
-		squares = v_fma(r, r, squares);
-	}
 	factor = v_set1(1.0f / sqrtf(v_sum(squares) / (float)a->size + a->eps));
 	for (int i = 0; i < a->size; i += VL) {
 		vf r = v_mul(v_load_up_to(residual + i, a->size - i), factor);
@@ -115,5 +118,4 @@ static void simd_linear(const km_linear_args *a)
 	linear_share(a);
 }
 
-#endif
 #endif

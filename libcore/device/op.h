@@ -143,7 +143,7 @@ enum km_op {
 };
 
 typedef struct km_ops {
-	const char *name; /* "plain", "avx2", "avx512" */
+	const char *name; /* "plain", "avx2", "avx512", "portable" */
 	void (*embed)(const km_embed_args *);
 	void (*rmsnorm)(const km_rmsnorm_args *);
 	void (*linear)(const km_linear_args *);
@@ -174,5 +174,10 @@ const char *km_op_name(enum km_op op); /* "moe" */
  * back when this machine cannot run it. */
 const km_ops *km_cpu_ops(const char *isa);
 extern const char *const km_cpu_isas[]; /* best first, then NULL */
+
+/* avx512, avx2 and portable give the same bits (device/simd.h), plain gives others: the best of the three
+ * that this machine can run. Portable takes 2.5 times as long as plain (kimi-nano's evaluation, one
+ * thread), so that NULL above never means it. */
+const char *km_cpu_fixed_isa(void);
 
 #endif

@@ -1,22 +1,27 @@
 /*
- * A vector of VL floats, 16 with AVX-512 and 8 with AVX2, and what the ops need of it. The two
- * forms of an op are one text (cpu_dot.h, cpu_mla.h, cpu_moe.h) over this layer, compiled once in
- * cpu_avx512.c and once in cpu_avx2.c. Empty where the compiler has neither.
+ * A vector of VL floats, 16 with AVX-512, 8 with AVX2, 4 with neither (simd_portable.h), and what the
+ * ops need of it. The three forms of an op are one text (cpu_dot.h, cpu_mla.h, cpu_moe.h) over this
+ * layer, compiled in cpu_avx512.c, cpu_avx2.c and cpu_portable.c.
+ *
+ * THE SAME BITS  All three forms compute the same results to the last bit, so that a prompt's answer
+ * does not depend on the machine. A sum over columns has LANES lanes whatever VL is: it is kept in
+ * PARTS vectors, part p holding lanes p * VL and up. Every product that is added is a fused
+ * multiply-add. v_sums has one tree. Nothing else depends on VL, and nothing calls libm, whose last
+ * bits depend on its version and on the processor (base/fixed_math.h is used).
  *
  * Loads and stores take any alignment: a checkpoint's tensors start where its header ends.
  */
 #ifndef KM_DEVICE_SIMD_H
 #define KM_DEVICE_SIMD_H
 
-#if defined(__AVX2__)
-
-#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
 #define KM_INLINE static inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
+
+#include <immintrin.h>
 
 typedef __m512 vf;
 enum { VL = 16 };
@@ -117,8 +122,9 @@ KM_INLINE vf v_round(vf x)
 	return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* The sums of VL vectors, one in each lane: always as ((0+2)+(1+3)) in fours, then the fours. */
-KM_INLINE vf v_sums(const vf a[VL])
+/* The sums of 16 vectors, one in each lane: each as ((0+2)+(1+3)) in fours, then ((0+1)+(2+3)) of the
+ * fours. */
+KM_INLINE vf v_sums_of_vl(const vf a[VL])
 {
 	__m512 four[4];
 
@@ -138,7 +144,9 @@ KM_INLINE vf v_sums(const vf a[VL])
 	             _mm512_shuffle_f32x4(four[0], four[2], 0xdd));
 }
 
-#else
+#elif defined(__AVX2__)
+
+#include <immintrin.h>
 
 typedef __m256 vf;
 enum { VL = 8 };
@@ -248,8 +256,8 @@ KM_INLINE vf v_round(vf x)
 	return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-/* The sums of VL vectors, one in each lane: always as ((0+2)+(1+3)) in fours, then the fours. */
-KM_INLINE vf v_sums(const vf a[VL])
+/* The sums of 8 vectors, one in each lane: each as ((0+2)+(1+3)) in fours, then 0+1 of the fours. */
+KM_INLINE vf v_sums_of_vl(const vf a[VL])
 {
 	__m256 four[2];
 
@@ -265,14 +273,19 @@ KM_INLINE vf v_sums(const vf a[VL])
 	             _mm256_permute2f128_ps(four[0], four[1], 0x31));
 }
 
+#else
+#include "device/simd_portable.h"
 #endif
+
+enum { LANES = 16, PARTS = LANES / VL };
 
 /* Asks for the line at `p`, which may be past the end of what is there, into L2. */
 KM_INLINE void v_prefetch(const void *p)
 {
-	_mm_prefetch((const char *)p, _MM_HINT_T1);
+	__builtin_prefetch(p, 0, 2);
 }
 
+/* The first n elements, at most VL; none where n is not positive. */
 KM_INLINE vf v_load_up_to(const float *p, int n)
 {
 	return n >= VL ? v_load(p) : v_load_n(p, n);
@@ -286,19 +299,32 @@ KM_INLINE void v_store_up_to(float *p, vf v, int n)
 		v_store_n(p, v, n);
 }
 
-KM_INLINE float v_sum(vf v)
+/* sums[i] = the sum of the lanes of a[0][i] .. a[PARTS - 1][i] */
+KM_INLINE void v_sums(const vf a[PARTS][VL], float sums[VL])
 {
-	vf all[VL] = { v };
+	vf part[PARTS];
 
-	for (int i = 1; i < VL; i++)
-		all[i] = v_zero();
-	return _mm_cvtss_f32(
-#if defined(__AVX512F__)
-		_mm512_castps512_ps128(v_sums(all))
-#else
-		_mm256_castps256_ps128(v_sums(all))
-#endif
-	);
+#pragma GCC unroll 4
+	for (int p = 0; p < PARTS; p++)
+		part[p] = v_sums_of_vl(a[p]);
+#pragma GCC unroll 2
+	for (int width = 1; width < PARTS; width *= 2)
+#pragma GCC unroll 2
+		for (int p = 0; p < PARTS; p += 2 * width)
+			part[p] = v_add(part[p], part[p + width]);
+	v_store(sums, part[0]);
+}
+
+KM_INLINE float v_sum(const vf v[PARTS])
+{
+	vf all[PARTS][VL];
+	float sums[VL];
+
+	for (int p = 0; p < PARTS; p++)
+		for (int i = 0; i < VL; i++)
+			all[p][i] = i ? v_zero() : v[p];
+	v_sums(all, sums);
+	return sums[0];
 }
 
 /*
@@ -330,5 +356,4 @@ KM_INLINE vf v_silu(vf x)
 	return v_div(x, v_add(v_set1(1.0f), v_exp(v_sub(v_zero(), x))));
 }
 
-#endif
 #endif
