@@ -341,6 +341,7 @@ static void impossible_engines_are_refused(void **state)
 	REFUSED((options.context_length = 0, options.max_total_tokens = INT32_MAX), KM_ENOMEM,
 	        "fit");
 	REFUSED(options.isa = "vax", KM_EUNSUPPORTED, "vax");
+	REFUSED((options.isa = "plain", options.deterministic = true), KM_EUNSUPPORTED, "portable");
 
 	small_options(&options, 0);
 	options.max_total_tokens = 0;

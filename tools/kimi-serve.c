@@ -142,7 +142,7 @@ static const km_option table[] = {
 	FLAG("disable-radix-cache,no-enable-prefix-caching", no_prefix_cache,
 	     "reuse no prompt prefixes"),
 	FLAG("enable-deterministic-inference,deterministic", deterministic,
-	     "a request's tokens do not depend on what runs beside it"),
+	     "a request's tokens depend on nothing else: not on load, threads or processor"),
 	CHOICE("device", "NAME", device, "auto|cuda|cpu",
 	       "where to compute (default auto: a GPU when there is one, else the CPU)"),
 	FLAG("disable-cuda-graph,enforce-eager", no_graphs,
@@ -152,7 +152,7 @@ static const km_option table[] = {
 	FLAG("require-tuned", require_tuned,
 	     "on a GPU, refuse int4 experts that no table is for"),
 	INT("threads", threads, 1, 4096, "threads to compute with (default: all processors)"),
-	CHOICE("isa", "NAME", isa, "avx512|avx2|plain",
+	CHOICE("isa", "NAME", isa, "avx512|avx2|plain|portable",
 	       "CPU kernels to use (default: the best that the processor has)"),
 	FLAG("quiet,q", quiet, "no progress on stderr"),
 

@@ -92,7 +92,7 @@ typedef struct km_engine_options {
 	bool disable_prefix_cache, deterministic;
 	bool count_experts; /* see km_engine_expert_counts */
 	int threads;
-	const char *isa;
+	const char *isa;           /* NULL: the best; deterministic: the best of those that agree */
 	enum km_backend_kind backend;
 	int gpu;                   /* of KM_BACKEND_CUDA */
 	bool disable_graphs;       /* on a GPU */

@@ -59,6 +59,11 @@ static int check_options(const km_engine_options *o, km_err *err)
 		return km_fail(err, KM_EUNSUPPORTED,
 		               "deterministic serving is built for the CPU only: on a GPU the number of rows "
 		               "in a step chooses kernels that round differently");
+	if (o->deterministic && o->isa && !strcmp(o->isa, "plain"))
+		return km_fail(err, KM_EUNSUPPORTED,
+		               "deterministic serving gives the same tokens on every machine, which 'plain' "
+		               "kernels do not: they round otherwise than 'avx512', 'avx2' and 'portable', of "
+		               "which one is wanted");
 	if (o->context_length < 0 || o->max_total_tokens < 0)
 		return km_fail(err, KM_EINVAL,
 		               "context length %d and max total tokens %" PRId64
@@ -100,7 +105,7 @@ static void decide_shape(const km_engine_options *o, const km_config *config, de
 		.max_context = d->shape.context_length,
 		.kv_dtype = o->kv_dtype,
 		.threads = o->threads,
-		.isa = o->isa,
+		.isa = o->isa ? o->isa : o->deterministic ? km_cpu_fixed_isa() : NULL,
 		.backend = o->backend,
 		.gpu = o->gpu,
 		.page_size = o->page_size,
