@@ -24,7 +24,7 @@ bench() {
 		<<<"$output"
 	grep -qE '^ +3 +8 +2 +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+$' <<<"$output"
 	[ "$(grep -cE '^(Prefill|Decode), batch [13]: ' <<<"$output")" -eq 4 ]
-	[ "$(grep -cE '^op +calls +us +share +MB +GB/s +TFLOP/s +roofline +saved us$' <<<"$output")" -eq 4 ]
+	[ "$(grep -cE '^op +launches +us +share +MB +GB/s +TFLOP/s +roofline +saved us$' <<<"$output")" -eq 4 ]
 	[ "$(grep -cE '^experts +1 +[0-9.]+ +[0-9.]+%' <<<"$output")" -eq 4 ]
 }
 
@@ -36,8 +36,8 @@ bench() {
 		(.total_latency_s * 1.0001 >= .prefill_latency_s + .median_decode_latency_s))' "$BATS_TEST_TMPDIR/o"
 	jq -e '.results[0] | .prefill_step, .decode_step | (.ops | map(.us) | add) as $sum |
 		($sum - .sum_us | fabs) < 0.01 and .sum_us <= .step_us and .layer_us * .layers < .step_us and
-		(.ops | all(.calls > 0 and .bytes > 0))' "$BATS_TEST_TMPDIR/o"
-	jq -e '.results[0].decode_step | .distinct_experts >= 4 and ([.ops[].op] | index("mla_decode") and
+		(.ops | all(.launches > 0 and .bytes > 0))' "$BATS_TEST_TMPDIR/o"
+	jq -e '.results[0].decode_step | .distinct_experts >= 4 and .distinct_experts <= 8 and .expected_experts > 4 and .expected_experts < 8 and ([.ops[].op] | index("mla_decode") and
 		index("experts") and (index("mla_prefill") | not))' "$BATS_TEST_TMPDIR/o"
 }
 

@@ -9,6 +9,7 @@
 
 struct km_cuda_graph {
 	cudaGraphExec_t exec;
+	size_t launches;
 };
 
 int km_cuda_fail(km_err *err, cudaError_t rc, const char *what)
@@ -218,14 +219,18 @@ int km_cuda_capture_end(km_cuda *c, km_cuda_graph **graph, km_err *err)
 	cudaGraph_t recorded;
 	cudaGraphExec_t exec;
 	cudaError_t rc;
+	size_t launches = 0;
 
 	KM_CUDA_TRY(cudaStreamEndCapture(c->stream, &recorded), err);
-	rc = cudaGraphInstantiate(&exec, recorded, 0);
+	rc = cudaGraphGetNodes(recorded, NULL, &launches);
+	if (rc == cudaSuccess)
+		rc = cudaGraphInstantiate(&exec, recorded, 0);
 	cudaGraphDestroy(recorded);
 	if (rc != cudaSuccess)
 		return km_cuda_fail(err, rc, "cudaGraphInstantiate");
 	*graph = km_xcalloc(1, sizeof(**graph));
 	(*graph)->exec = exec;
+	(*graph)->launches = launches;
 	return 0;
 }
 
@@ -233,6 +238,11 @@ int km_cuda_graph_launch(km_cuda *c, km_cuda_graph *graph, km_err *err)
 {
 	KM_CUDA_TRY(cudaGraphLaunch(graph->exec, c->stream), err);
 	return 0;
+}
+
+int km_cuda_graph_launches(const km_cuda_graph *graph)
+{
+	return (int)graph->launches;
 }
 
 void km_cuda_graph_free(km_cuda_graph *graph)

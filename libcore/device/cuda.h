@@ -83,6 +83,7 @@ int km_cuda_fetch(km_cuda *cuda, void *to, const void *from, size_t bytes, km_er
 int km_cuda_capture_begin(km_cuda *cuda, km_err *err);
 int km_cuda_capture_end(km_cuda *cuda, km_cuda_graph **graph, km_err *err);
 int km_cuda_graph_launch(km_cuda *cuda, km_cuda_graph *graph, km_err *err);
+int km_cuda_graph_launches(const km_cuda_graph *graph); /* kernels, copies, fills */
 void km_cuda_graph_free(km_cuda_graph *graph);
 
 /* Device time between the two calls, which enqueue; time_end waits. */

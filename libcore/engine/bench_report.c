@@ -106,9 +106,13 @@ static void put_op(const km_bench_report *report, const km_profile *p, int i, km
 	const km_profile_op *op = &p->op[i];
 	double part = share(report, op->us, op->cost.bytes, op->cost.flops);
 
-	km_buf_printf(out, "%-16s %6lld %11.2f %6.1f%% %10.3f %8.1f %9.3f ",
-	              km_step_op_name((enum km_step_op)i), (long long)op->cost.calls, op->us,
-	              100 * op->us / p->sum_us, op->cost.bytes / 1e6, op->cost.bytes / op->us * 1e-3,
+	km_buf_printf(out, "%-16s %8d ", km_step_op_name((enum km_step_op)i), op->launches);
+	if (!op->launches) {
+		km_buf_printf(out, "%11s %7s %10.3f\n", "-", "-", op->cost.bytes / 1e6);
+		return;
+	}
+	km_buf_printf(out, "%11.2f %6.1f%% %10.3f %8.1f %9.3f ", op->us, 100 * op->us / p->sum_us,
+	              op->cost.bytes / 1e6, op->cost.bytes / op->us * 1e-3,
 	              op->cost.flops / op->us * 1e-6);
 	if (part > 0)
 		km_buf_printf(out, "%6.1f%%%c", 100 * part, is_warm(p, op) ? '*' : ' ');
@@ -128,17 +132,19 @@ static void put_profile(const km_bench_report *report, const char *what, const k
 
 	km_buf_printf(out, "\n%s\n", what);
 	km_buf_printf(out,
-	              "whole step %.2f us, %.1f MB, %.1f%% of the roofline (%.2f us); sum of ops %.2f us\n",
+	              "whole step %.2f us, %.1f MB, %.1f%% of the roofline (%.2f us), %d launches; sum of "
+	              "ops %.2f us\n",
 	              p->step_us, all.bytes / 1e6, 100 * floor_us(report, p) / p->step_us,
-	              floor_us(report, p), p->sum_us);
+	              floor_us(report, p), p->launches, p->sum_us);
 	if (p->layers)
 		km_buf_printf(out, "a%s layer %.2f us (%d of them together)", p->layers_are_moe ? " MoE" : "",
 		              p->layers_us / p->layers, p->layers);
 	else
 		km_buf_puts(out, "no layer of its own: the last computes only the rows that are wanted");
 	if (p->distinct_experts > 0)
-		km_buf_printf(out, "; %.1f different experts a layer", p->distinct_experts);
-	km_buf_printf(out, "\n%-16s %6s %11s %7s %10s %8s %9s %8s %9s\n", "op", "calls", "us", "share",
+		km_buf_printf(out, "; %.1f different experts a layer, %.1f by even chance",
+		              p->distinct_experts, p->expected_experts);
+	km_buf_printf(out, "\n%-16s %8s %11s %7s %10s %8s %9s %8s %9s\n", "op", "launches", "us", "share",
 	              "MB", "GB/s", "TFLOP/s", "roofline", "saved us");
 	for (int i = 0; i < KM_STEP_COUNT; i++) {
 		if (!p->op[i].cost.calls)
@@ -202,8 +208,8 @@ static void put_json_op(const km_bench_report *report, const km_profile *p, int 
 
 	km_buf_puts(out, "    {");
 	put_string(out, "op", km_step_op_name((enum km_step_op)i));
-	put_number(out, "calls", (double)op->cost.calls);
-	put_number(out, "us", op->us);
+	put_number(out, "launches", op->launches);
+	put_positive(out, "us", op->launches ? op->us : 0);
 	put_number(out, "bytes", op->cost.bytes);
 	put_number(out, "flops", op->cost.flops);
 	put_positive(out, "roofline", share(report, op->us, op->cost.bytes, op->cost.flops));
@@ -219,6 +225,7 @@ static void put_json_profile(const km_bench_report *report, const char *name, co
 
 	km_buf_printf(out, ",\n   \"%s\": {\"step_us\": %.10g", name, p->step_us);
 	put_number(out, "sum_us", p->sum_us);
+	put_number(out, "launches", p->launches);
 	put_positive(out, "roofline_us", floor_us(report, p));
 	put_number(out, "bytes", all.bytes);
 	put_number(out, "flops", all.flops);
@@ -226,6 +233,7 @@ static void put_json_profile(const km_bench_report *report, const char *name, co
 	km_buf_printf(out, ", \"layers_are_moe\": %s", p->layers_are_moe ? "true" : "false");
 	put_positive(out, "layer_us", p->layers ? p->layers_us / p->layers : 0);
 	put_positive(out, "distinct_experts", p->distinct_experts);
+	put_positive(out, "expected_experts", p->expected_experts);
 	km_buf_puts(out, ", \"ops\": [");
 	for (int i = 0; i < KM_STEP_COUNT; i++) {
 		if (!p->op[i].cost.calls)

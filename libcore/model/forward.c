@@ -80,13 +80,19 @@ int km_steps_run_layers(km_model *m, const km_batch *batch, int from, int to, km
 		KM_TRY(s->attend(m, i, batch, err));
 		KM_TRY(s->feed_forward(m, i, batch, err));
 	}
-	return to == layers && batch->logit_rows ? s->head(m, batch, err) : 0;
+	return 0;
+}
+
+int km_steps_run_head(km_model *m, km_err *err)
+{
+	return m->kept.batch.logit_rows ? m->steps->head(m, &m->kept.batch, err) : 0;
 }
 
 int km_steps_run(km_model *m, const km_batch *batch, km_err *err)
 {
 	KM_TRY(m->steps->embed(m, batch, err));
-	return km_steps_run_layers(m, batch, 0, m->config.num_hidden_layers, err);
+	KM_TRY(km_steps_run_layers(m, batch, 0, m->config.num_hidden_layers, err));
+	return km_steps_run_head(m, err);
 }
 
 static int check_counts(const km_model *m, const km_batch *b, km_err *err)

@@ -37,9 +37,10 @@ typedef struct km_steps {
 
 extern const km_steps km_cpu_steps;
 
-/* A whole step; the layers [from, to) of one, with the head behind the last layer. */
+/* A whole step; the layers [from, to) of one; the head, behind the last layer. */
 int km_steps_run(km_model *m, const km_batch *batch, km_err *err);
 int km_steps_run_layers(km_model *m, const km_batch *batch, int from, int to, km_err *err);
+int km_steps_run_head(km_model *m, km_err *err);
 
 /* Which rows the last layer keeps, and the batch that they make: before `begin`. */
 void km_kept_choose(km_kept *kept, const km_batch *batch);

@@ -45,18 +45,28 @@ void km_profile_costs(const km_model *m, const km_batch *batch, const km_batch *
 	km_step_costs(&shape, costs);
 }
 
-void km_profile_mean_experts(const km_model *m, const int *experts, km_profile *p)
+void km_profile_mean_experts(const km_model *m, const km_batch *batch, const int *experts,
+                             km_profile *p)
 {
-	int layers = 0;
+	const km_config *c = &m->config;
+	int layers = 0, last = c->num_hidden_layers - 1;
 
-	p->distinct_experts = 0;
-	for (int i = 0; i < m->config.num_hidden_layers; i++)
-		if (km_config_is_moe_layer(&m->config, i) && experts[i]) {
-			p->distinct_experts += experts[i];
-			layers++;
-		}
-	if (layers)
-		p->distinct_experts /= layers;
+	p->distinct_experts = p->expected_experts = 0;
+	for (int i = 0; i <= last; i++) {
+		int rows = i < last ? batch->tokens : m->kept.batch.tokens;
+		double missed = pow(1 - (double)c->num_experts_per_tok / c->n_routed_experts,
+		                    rows < batch->tokens ? rows : batch->tokens);
+
+		if (!km_config_is_moe_layer(c, i) || !experts[i])
+			continue;
+		p->distinct_experts += experts[i];
+		p->expected_experts += c->n_routed_experts * (1 - missed);
+		layers++;
+	}
+	if (!layers)
+		return;
+	p->distinct_experts /= layers;
+	p->expected_experts /= layers;
 }
 
 /* ---- the CPU ---- */
@@ -80,8 +90,10 @@ static int run_once(km_model *m, const km_batch *batch, const km_profile_layers 
 	if (rc >= 0)
 		rc = km_steps_run_layers(m, batch, l->from, l->to, err);
 	to = km_now_ns();
-	if (rc >= 0 && l->to < m->config.num_hidden_layers)
+	if (rc >= 0)
 		rc = km_steps_run_layers(m, batch, l->to, m->config.num_hidden_layers, err);
+	if (rc >= 0)
+		rc = km_steps_run_head(m, err);
 	rc = m->steps->end(m, batch, rc, &logits, err);
 	*t = (struct times){ (double)(km_now_ns() - start) * 1e-3, (double)(to - from) * 1e-3 };
 	return rc;
@@ -92,12 +104,15 @@ static void take(km_profile *p, const km_model_trace *trace, const struct times 
 	p->step_us = t->step_us;
 	p->layers_us = t->layers_us;
 	p->sum_us = 0;
+	p->launches = 0;
 	for (int i = 0; i < KM_STEP_COUNT; i++) {
 		const struct km_op_total *total = &trace->op[i];
 
 		p->op[i].us = (double)total->ns * 1e-3;
+		p->op[i].launches = (int)total->calls;
 		p->op[i].saved_us = NAN;
 		p->op[i].cost.calls = total->calls;
+		p->launches += p->op[i].launches;
 		p->op[i].cost.bytes = total->bytes;
 		p->op[i].cost.flops = total->flops;
 		p->sum_us += p->op[i].us;
@@ -141,7 +156,7 @@ static int profile_cpu(km_model *m, const km_batch *batch, km_profile *p, km_err
 		distinct[i / experts] += counts[i] > 0;
 	add_weight_bytes(m, batch, distinct, p);
 	p->cache_bytes = (double)sysconf(_SC_LEVEL3_CACHE_SIZE);
-	km_profile_mean_experts(m, distinct, p);
+	km_profile_mean_experts(m, batch, distinct, p);
 	p->layers = l.to - l.from;
 	p->layers_are_moe = l.moe;
 	free(distinct);

@@ -19,6 +19,7 @@
 
 typedef struct km_profile_op {
 	km_step_cost cost; /* calls 0: the step has no such op */
+	int launches;      /* 0: another op's do its work too, and its time is theirs */
 	double us;         /* all calls */
 	double saved_us;   /* what the step is faster by without it; NAN: not measured */
 } km_profile_op;
@@ -27,8 +28,10 @@ typedef struct km_profile {
 	double step_us, sum_us;
 	double layers_us; /* of `layers` layers: MoE ones, or all where there is none */
 	int layers;       /* 0: the step has none that computes every row */
+	int launches;     /* of the step: kernels, copies; on the CPU ops */
 	bool layers_are_moe;
 	double distinct_experts; /* of a MoE layer, on average; 0: there is none */
+	double expected_experts; /* were every choice of top_k experts as likely as any */
 	double cache_bytes;      /* the device's; 0: not known */
 	km_profile_op op[KM_STEP_COUNT];
 } km_profile;

@@ -88,13 +88,16 @@ static int time_graph(km_cuda *cuda, km_cuda_graph *graph, double *us, km_err *e
 	return 0;
 }
 
-static int time_part(km_model *m, const struct part *part, double *us, km_err *err)
+static int time_part(km_model *m, const struct part *part, double *us, int *launches, km_err *err)
 {
 	km_cuda_graph *graph = NULL;
-	int rc;
+	int rc = 0;
 
+	*us = 0;
 	KM_TRY(capture(m, part, &graph, err));
-	rc = time_graph(m->gpu->cuda, graph, us, err);
+	*launches = km_cuda_graph_launches(graph);
+	if (*launches)
+		rc = time_graph(m->gpu->cuda, graph, us, err);
 	km_cuda_graph_free(graph);
 	return rc;
 }
@@ -150,18 +153,20 @@ static int time_ops(km_model *m, const km_batch *run, km_profile *p, km_err *err
 	for (int i = 0; i < KM_STEP_COUNT; i++) {
 		struct part alone = { run, -1, 0, all & ~(UINT32_C(1) << i) };
 		struct part without = { run, -1, 0, UINT32_C(1) << i };
-		double us;
+		double us, now;
+		int launches;
 
 		p->op[i].saved_us = NAN;
 		if (!p->op[i].cost.calls)
 			continue;
 		KM_TRY(enqueue(m, &whole, err)); /* what the op reads is a step's again */
-		KM_TRY(time_part(m, &alone, &p->op[i].us, err));
+		KM_TRY(time_part(m, &alone, &p->op[i].us, &p->op[i].launches, err));
 		p->sum_us += p->op[i].us;
-		if (p->step_us > slow_us)
+		if (p->step_us > slow_us || !p->op[i].launches)
 			continue;
-		KM_TRY(time_part(m, &without, &us, err));
-		p->op[i].saved_us = p->step_us - us;
+		KM_TRY(time_part(m, &whole, &now, &launches, err)); /* at the clock of now */
+		KM_TRY(time_part(m, &without, &us, &launches, err));
+		p->op[i].saved_us = now - us;
 	}
 	return enqueue(m, &whole, err); /* and so is the cache */
 }
@@ -171,19 +176,20 @@ static int time_all(km_model *m, const km_batch *batch, const km_batch *run, int
 {
 	km_step_cost costs[KM_STEP_COUNT];
 	km_profile_layers l;
+	int launches;
 	struct part whole = { run, -1, 0, 0 }, layers = { run, 0, 0, 0 };
 
 	KM_TRY(count_experts(m, batch, run, distinct, err));
 	km_profile_choose_layers(m, run, &l);
-	KM_TRY(time_part(m, &whole, &p->step_us, err));
+	KM_TRY(time_part(m, &whole, &p->step_us, &p->launches, err));
 	layers.from = l.from;
 	layers.to = l.to;
 	if (l.to > l.from)
-		KM_TRY(time_part(m, &layers, &p->layers_us, err));
+		KM_TRY(time_part(m, &layers, &p->layers_us, &launches, err));
 	p->layers = l.to - l.from;
 	p->layers_are_moe = l.moe;
 	p->cache_bytes = (double)m->gpu->info.l2_bytes;
-	km_profile_mean_experts(m, distinct, p);
+	km_profile_mean_experts(m, batch, distinct, p);
 	km_profile_costs(m, batch, m->gpu->generating ? batch : &m->kept.batch, distinct, costs);
 	for (int i = 0; i < KM_STEP_COUNT; i++)
 		p->op[i].cost = costs[i];

@@ -14,7 +14,8 @@ void km_profile_choose_layers(const km_model *m, const km_batch *batch, km_profi
 /* experts: [layers], how many different ones were chosen. */
 void km_profile_costs(const km_model *m, const km_batch *batch, const km_batch *kept,
                       const int *experts, km_step_cost costs[KM_STEP_COUNT]);
-void km_profile_mean_experts(const km_model *m, const int *experts, km_profile *p);
+void km_profile_mean_experts(const km_model *m, const km_batch *batch, const int *experts,
+                             km_profile *p);
 
 #if KM_CUDA
 int km_profile_gpu(km_model *m, const km_batch *batch, km_profile *p, km_err *err);

@@ -7,6 +7,9 @@
 
 enum { CHUNK = 1 << 17, PERIOD = (1 << 23) + 8 };
 
+/* Scores near 1 differ by little: a bias as large as in other random checkpoints would choose for all rows. */
+static const float SMALL_BIAS = 0.01f;
+
 struct maker {
 	const km_config *config;
 	const km_random_weights *how;
@@ -99,6 +102,8 @@ static int make_vector(struct maker *m, const km_module *module, const km_wanted
 	km_synth_tensor t = km_synth_module(module, 0, m->how->depth, &m->tables);
 
 	t.dtype = KM_F32;
+	if (module->role == KM_ROLE_ROUTER_BIAS)
+		t.gain *= SMALL_BIAS;
 	t.stream = km_rng_hash(m->how->seed, module->key, strlen(module->key));
 	*to = make(m, &t, elements_of(wanted), NULL, err);
 	return *to ? 0 : KM_ENOMEM;
