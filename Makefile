@@ -1,11 +1,12 @@
-# make            builds everything; with CUDA when nvcc is there (CUDA=0 leaves it out)
+# make            builds everything; with CUDA when nvcc 12 or later is there (CUDA=0 leaves it out)
 # make demo       installs what is missing, builds, serves a small model, shows real answers
 # make check      installs what is missing, builds, runs every test that needs no GPU
 # make install    PREFIX=/usr/local, DESTDIR=
 #
 # Variants, each in a build folder of its own: CUDA=0|1, ASAN=1 (address and undefined-behaviour
-# sanitizers), CC=clang. V=1 shows the commands. DEPS=0 skips the installation of packages. ARCH=all builds for every GPU
-# that the kernels support; the default is this machine's GPU, or sm_90a where there is none.
+# sanitizers), CC=clang. V=1 shows the commands. DEPS=0 skips the installation of packages. ARCH=all
+# builds for every GPU that the kernels support; the default is this machine's GPU, or sm_90a where
+# there is none.
 
 MAKEFLAGS += --no-builtin-rules
 Q := $(if $(V),,@)
@@ -15,7 +16,17 @@ say = $(if $(V),,@printf '  %-5s %s\n' $1 $@)
 
 CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
 NVCC ?= $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
-CUDA ?= $(if $(NVCC),1,0)
+# Older than 12 (Debian's is 11.8), nvcc cannot build for sm_90a.
+nvcc_release := $(if $(NVCC),$(shell $(NVCC) --version | sed -n 's/.*release \([0-9]*\)\..*/\1/p'))
+nvcc_builds := $(shell [ 0$(nvcc_release) -ge 12 ] && echo 1)
+CUDA ?= $(if $(nvcc_builds),1,0)
+ifneq ($(NVCC),)
+ifneq ($(nvcc_builds),1)
+nvcc_says := $(NVCC) is of CUDA $(or $(nvcc_release),unknown), 12 or later is needed
+$(if $(filter 1,$(CUDA)),$(error $(nvcc_says)))
+$(if $(filter file,$(origin CUDA)),$(warning $(nvcc_says): building without CUDA))
+endif
+endif
 ASAN ?= 0
 DEPS ?= 1
 ARCH ?=
