@@ -105,6 +105,17 @@ setup() {
 	done
 }
 
+@test "what cannot be written is an error: exit 1" {
+	for what in "--help" "--version" "--explain --tokens 1" "$SMALL"; do
+		run --separate-stderr bash -c "kimi-bench-gate $what >/dev/full"
+		[ "$status" -eq 1 ] || { echo "$what: $status"; return 1; }
+		[[ $stderr == *"stdout: "* ]]
+	done
+	run --separate-stderr kimi-bench-gate $SMALL --plot /nonexistent/out.svg
+	[ "$status" -eq 1 ]
+	[[ $stderr == *"/nonexistent/out.svg"* ]]
+}
+
 @test "tuning needs a GPU" {
 	nvidia-smi -L && skip "there is one"
 	run --separate-stderr kimi-bench-gate --tune

@@ -138,7 +138,8 @@ static int make_shape(km_router_shape *s, const struct values *v, km_err *err)
 
 static int print(km_buf *out)
 {
-	bool ok = fwrite(out->data ? out->data : "", 1, out->len, stdout) == out->len && fflush(stdout) == 0;
+	bool ok = fwrite(out->data ? out->data : "", 1, out->len, stdout) == out->len &&
+	          fflush(stdout) == 0 && !ferror(stdout);
 
 	if (!ok)
 		fprintf(stderr, "kimi-bench-gate: stdout: %s\n", strerror(errno));
@@ -230,7 +231,7 @@ int main(int argc, char **argv)
 
 	rc = km_option_parse(&usage, &v, argc, argv, &operands, &err);
 	if (rc == KM_OPTION_DONE)
-		return 0;
+		return print(&out);
 	if (rc < 0)
 		return usage_error(err.msg);
 	if (conflict(&v))
