@@ -6,10 +6,12 @@
 
 #include <cmocka.h>
 
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "model/router.h"
+#include "model/router_bench.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 
@@ -52,6 +54,7 @@ static void test_table(void **state)
 		{ "K2", 1, 384, 8, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
 		{ "K2", 16, 384, 8, 1, 1, 7168, false, KM_GEMM_RESIDENT, KM_GATE_ONEPASS },
 		{ "K2", 64, 384, 8, 1, 1, 7168, false, KM_GEMM_SPLIT, KM_GATE_ONEPASS },
+		{ "K2", 256, 384, 8, 1, 1, 7168, false, KM_GEMM_PARTS, KM_GATE_ONEPASS },
 		{ "K2", 40000, 384, 8, 1, 1, 7168, false, KM_GEMM_BLAS, KM_GATE_ONEPASS },
 		{ "K2, f32 router", 16, 384, 8, 1, 1, 7168, true, KM_GEMM_GENERAL,
 		  KM_GATE_ONEPASS },
@@ -180,8 +183,12 @@ static void test_limits_of_tuning(void **state)
 				assert_int_equal(plan.pdl, pdl);
 				assert_int_equal(plan.gemm == KM_GEMM_RESIDENT,
 				                 tokens <= t->resident_tokens);
+				assert_int_equal(plan.gemm == KM_GEMM_PARTS,
+				                 tokens > t->split_tokens &&
+				                         tokens <= t->parts_tokens);
 				assert_int_equal(plan.gemm == KM_GEMM_BLAS,
-				                 tokens > t->split_tokens);
+				                 tokens > t->split_tokens &&
+				                         tokens > t->parts_tokens);
 				assert_int_equal(plan.chain == KM_CHAIN_ONE_LAUNCH,
 				                 tokens <= t->one_launch_tokens);
 				assert_true(plan.chain == KM_CHAIN_SEPARATE || tokens <= 64);
@@ -253,9 +260,64 @@ static void test_words(void **state)
 	check_words(&s, &d,
 	            (const char *[]){ "clusters of 16, tiles of 64 tokens x 64 experts",
 	                              "tuning row 90", NULL });
-	s = shape_of(100, 384, 8);
+	s = shape_of(200, 512, 8);
+	check_words(&s, &d,
+	            (const char *[]){ "cuBLASLt, 200 tokens are above the split form's",
+	                              "experts are above 384", NULL });
+	s = shape_of(200, 384, 8);
+	check_words(&s, &d,
+	            (const char *[]){ "in 16 parts, tiles of 128 tokens x 96 experts",
+	                              "second launch; 129 to 256 tokens", NULL });
 	d.blas = false;
+	s = shape_of(100, 384, 8);
+	check_words(&s, &d, (const char *[]){ "split over clusters of 16", "17 to 128", NULL });
+	s = shape_of(300, 384, 8);
 	check_words(&s, &d, (const char *[]){ "cuBLASLt was not found", NULL });
+	d = (km_router_device){ .capability = 100, .multiprocessors = 148, .blas = true, .pdl = true };
+	check_words(&s, &d, (const char *[]){ "300 tokens are above the resident form's",
+	                                      "for capability 9.0 alone", NULL });
+}
+
+/* A limit is the last token count of a form that comes earlier; one noisy point moves none. */
+static void test_limits_of_times(void **state)
+{
+	static const int tokens[] = { 1, 2, 4, 8, 16, 32 };
+	static const double overtaking[] = { 2, 5, 9, 3, 5, 9, 4, 5, 9, 6, 5, 9, 9, 5, 9, 99, 20, 9 };
+	static const double noisy[] = { 2, 5, 9, 6, 5, 9, 3, 5, 9, 6, 5, 9, 9, 5, 9, 99, 20, 9 };
+	static const double absent[] = { 2, INFINITY, 1, 3, INFINITY, 1, 4,  INFINITY, 1,
+		                         6, INFINITY, 1, 9, INFINITY, 1, 99, INFINITY, 1 };
+	static const double skipped[] = { 2, 9, 5, 3, 9, 5, 4, 9, 5, 6, 9, 5, 9, 9, 5, 99, 9, 5 };
+	int limit[3];
+
+	(void)state;
+	km_router_bench_limits(overtaking, tokens, 6, 3, limit);
+	assert_int_equal(limit[0], 4);
+	assert_int_equal(limit[1], 16);
+	assert_int_equal(limit[2], 32);
+	km_router_bench_limits(noisy, tokens, 6, 3, limit);
+	assert_int_equal(limit[0], 4);
+	assert_int_equal(limit[1], 16);
+	km_router_bench_limits(absent, tokens, 6, 3, limit);
+	assert_int_equal(limit[0], 0);
+	assert_int_equal(limit[1], 0);
+	km_router_bench_limits(skipped, tokens, 6, 3, limit);
+	assert_int_equal(limit[0], 4);
+	assert_int_equal(limit[1], 4);
+}
+
+/* Another GEMM in a plan brings its own tile. */
+static void test_force(void **state)
+{
+	km_router_shape s = shape_of(200, 384, 8);
+	km_router_plan plan = plan_of(&s, &h100);
+
+	(void)state;
+	km_router_plan_force(&plan, &s, KM_GEMM_SPLIT);
+	assert_int_equal(plan.split_experts, 64);
+	km_router_plan_force(&plan, &s, KM_GEMM_PARTS);
+	assert_int_equal(plan.gemm, KM_GEMM_PARTS);
+	assert_int_equal(plan.split_tokens, 128);
+	assert_int_equal(plan.split_experts, 96);
 }
 
 int main(void)
@@ -264,6 +326,7 @@ int main(void)
 		cmocka_unit_test(test_table), cmocka_unit_test(test_refusals),
 		cmocka_unit_test(test_limits_of_tuning), cmocka_unit_test(test_without_blas),
 		cmocka_unit_test(test_older_gpus), cmocka_unit_test(test_words),
+		cmocka_unit_test(test_limits_of_times), cmocka_unit_test(test_force),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

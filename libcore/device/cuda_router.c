@@ -9,11 +9,19 @@ int km_cuda_router_capacity(const km_router_shape *s)
 	return kk_align_capacity(s->tokens, s->top_k, s->experts, s->block);
 }
 
-/* The fused forms' part first: it must be zero before the first call. */
+/* The fused forms' first, which must be zero before the first call; then the alignment's and the GEMM's
+ * parts in one place: neither outlives its call. */
 size_t km_cuda_router_scratch_bytes(const km_router_shape *s)
 {
-	return KK_SCRATCH_BYTES + sizeof(int32_t) *
-	                                  (size_t)kk_align_scratch_words(s->tokens, s->top_k, s->experts);
+	size_t align = sizeof(int32_t) * (size_t)kk_align_scratch_words(s->tokens, s->top_k, s->experts);
+	size_t parts = s->hidden == KK_ROUTER_HIDDEN ? kk_router_parts_bytes(s->tokens, s->experts) : 0;
+
+	return KK_SCRATCH_BYTES + (align > parts ? align : parts);
+}
+
+static void *after_fused(const km_router_buffers *b)
+{
+	return (char *)b->scratch + KK_SCRATCH_BYTES;
 }
 
 static kk_router_args gemm_args(const km_router_plan *p, const km_router_shape *s,
@@ -39,7 +47,7 @@ static kk_align_args align_args(const km_router_plan *p, const km_router_shape *
 {
 	return (kk_align_args){ .ids = b->ids, .sorted = b->sorted, .block_expert = b->block_expert,
 		                .total = b->total,
-		                .scratch = (int32_t *)((char *)b->scratch + KK_SCRATCH_BYTES),
+		                .scratch = after_fused(b),
 		                .tokens = s->tokens, .top_k = s->top_k, .experts = s->experts,
 		                .block = s->block, .pdl = p->pdl };
 }
@@ -64,6 +72,8 @@ static int enqueue(km_cuda *cuda, enum km_router_part part, const km_router_plan
 			return km_cuda_blas_linear(cuda, b->x, b->w, b->logits, s->tokens, s->experts,
 			                           s->hidden, err);
 		rc = p->gemm == KM_GEMM_RESIDENT ? kk_router_resident(&gemm, cuda->stream)
+		     : p->gemm == KM_GEMM_PARTS
+		             ? kk_router_parts(&gemm, p->split_experts, after_fused(b), cuda->stream)
 		     : p->gemm == KM_GEMM_SPLIT
 		             ? kk_router_split(&gemm, p->split, p->split_tokens, p->split_experts,
 		                               cuda->stream)

@@ -21,7 +21,7 @@ typedef struct km_router_shape {
 	float scale;            /* multiplies the weights */
 } km_router_shape;
 
-enum km_router_gemm { KM_GEMM_RESIDENT, KM_GEMM_SPLIT, KM_GEMM_GENERAL, KM_GEMM_BLAS };
+enum km_router_gemm { KM_GEMM_RESIDENT, KM_GEMM_SPLIT, KM_GEMM_PARTS, KM_GEMM_GENERAL, KM_GEMM_BLAS };
 enum km_router_gate { KM_GATE_ONEPASS, KM_GATE_ROUNDS };
 enum km_router_chain { KM_CHAIN_SEPARATE, KM_CHAIN_GATE_ALIGN, KM_CHAIN_ONE_LAUNCH };
 
@@ -31,7 +31,7 @@ typedef struct km_router_plan {
 	enum km_router_chain chain;
 	int gate_warps, gate_blocks; /* KM_GATE_ONEPASS */
 	int fused_warps;             /* KM_CHAIN_GATE_ALIGN: rows to a block */
-	int split, split_tokens, split_experts; /* KM_GEMM_SPLIT: blocks of a cluster, a tile's sides */
+	int split, split_tokens, split_experts; /* KM_GEMM_SPLIT, _PARTS: blocks that share a tile, its sides */
 	bool pdl, gate_pdl;          /* launches begin before their predecessors end; the gate's own */
 } km_router_plan;
 

@@ -11,6 +11,8 @@ enum {
 	RESIDENT_HIDDEN = 7168,
 	RESIDENT_EXPERTS = 512,
 	ONE_LAUNCH_TOKENS = 64,
+	PARTS_TOKENS = 256,
+	PARTS_EXPERTS = 384,
 };
 
 static const km_router_tuning tuning[] = {
@@ -99,6 +101,12 @@ static bool splits(const km_router_shape *s, const km_router_device *d)
 	return !resident_misses(s, d) && d->capability == 90 && s->experts % 2 == 0;
 }
 
+/* In parts: four tiles of experts and two of tokens at most, all blocks at once. */
+static bool parts(const km_router_shape *s, const km_router_device *d)
+{
+	return splits(s, d) && s->tokens <= PARTS_TOKENS && s->experts <= PARTS_EXPERTS;
+}
+
 static enum km_router_gemm choose_gemm(const km_router_shape *s, const km_router_device *d)
 {
 	const km_router_tuning *t = km_router_tuning_find(d, s->experts);
@@ -106,7 +114,11 @@ static enum km_router_gemm choose_gemm(const km_router_shape *s, const km_router
 
 	if (resident && (!t || s->tokens <= t->resident_tokens))
 		return KM_GEMM_RESIDENT;
-	if (splits(s, d) && (!blas || s->tokens <= t->split_tokens))
+	if (splits(s, d) && t && s->tokens <= t->split_tokens)
+		return KM_GEMM_SPLIT;
+	if (parts(s, d) && t && s->tokens <= t->parts_tokens)
+		return KM_GEMM_PARTS;
+	if (splits(s, d) && !blas)
 		return KM_GEMM_SPLIT;
 	if (resident && !blas)
 		return KM_GEMM_RESIDENT;
@@ -125,6 +137,11 @@ static void choose_split(km_router_plan *p, const km_router_shape *s)
 	bool large = s->tokens > 64 || (!p->pdl && s->tokens > 24);
 
 	p->split = 16;
+	if (p->gemm == KM_GEMM_PARTS) {
+		p->split_tokens = 128;
+		p->split_experts = s->experts <= 256 ? 64 : 96;
+		return;
+	}
 	p->split_tokens = large ? 128 : 64;
 	p->split_experts = large ? 64 : s->experts <= 256 ? 32 : s->experts <= 384 && s->tokens > 40 ? 64 : 48;
 }
@@ -174,49 +191,81 @@ int km_router_plan_make(km_router_plan *plan, const km_router_shape *s, const km
 	return 0;
 }
 
-static void explain_gemm(const km_router_plan *p, const km_router_shape *s, const km_router_device *d,
+void km_router_plan_force(km_router_plan *plan, const km_router_shape *s, enum km_router_gemm gemm)
+{
+	plan->gemm = gemm;
+	choose_split(plan, s);
+}
+
+static void explain_resident(const km_router_shape *s, const km_router_tuning *t, km_buf *out)
+{
+	int experts = s->experts > 384 ? 32 : s->experts > 256 ? 24 : 16; /* of a cluster of 8 */
+
+	km_buf_printf(out, "resident, %d blocks hold the weights in registers",
+	              (s->experts + experts - 1) / experts * 8);
+	if (t && s->tokens > t->resident_tokens)
+		km_buf_puts(out, "; cuBLASLt was not found, so it is taken at every token count\n");
+	else if (t)
+		km_buf_printf(out, "; up to %d tokens (tuning row %d, %d experts)\n", t->resident_tokens,
+		              t->capability, t->experts);
+	else
+		km_buf_puts(out, "\n");
+}
+
+static void explain_split(const km_router_plan *p, const km_router_shape *s, const km_router_tuning *t,
+                          km_buf *out)
+{
+	bool in_parts = p->gemm == KM_GEMM_PARTS;
+
+	km_buf_printf(out, in_parts ? "in %d parts, tiles of %d tokens x %d experts, their sums by a second launch"
+	                            : "split over clusters of %d, tiles of %d tokens x %d experts",
+	              p->split, p->split_tokens, p->split_experts);
+	if (!in_parts && s->tokens > t->split_tokens)
+		km_buf_puts(out, "; cuBLASLt was not found, so it is taken at every higher token count\n");
+	else
+		km_buf_printf(out, "; %d to %d tokens (tuning row %d, %d experts)\n",
+		              (in_parts ? t->split_tokens : t->resident_tokens) + 1,
+		              in_parts ? t->parts_tokens : t->split_tokens, t->capability, t->experts);
+}
+
+/* Why none of the forms for this shape. */
+static void explain_rest(const km_router_plan *p, const km_router_shape *s, const km_router_device *d,
                          km_buf *out)
 {
 	const km_router_tuning *t = km_router_tuning_find(d, s->experts);
 	const char *misses = resident_misses(s, d);
 
-	if (p->chain == KM_CHAIN_ONE_LAUNCH) {
-		km_buf_printf(out, "router GEMM: resident, in its chain's launch; up to %d tokens (tuning row "
-		              "%d, %d experts)\n", t->one_launch_tokens, t->capability, t->experts);
-		return;
-	}
-	if (p->gemm == KM_GEMM_SPLIT) {
-		km_buf_printf(out, "router GEMM: split over clusters of %d, tiles of %d tokens x %d experts",
-		              p->split, p->split_tokens, p->split_experts);
-		if (!d->blas)
-			km_buf_printf(out, "; cuBLASLt was not found, so it is taken above %d tokens\n",
-			              t->resident_tokens);
-		else
-			km_buf_printf(out, "; %d to %d tokens (tuning row %d, %d experts)\n",
-			              t->resident_tokens + 1, t->split_tokens, t->capability, t->experts);
-		return;
-	}
-	if (p->gemm == KM_GEMM_RESIDENT) {
-		km_buf_printf(out, "router GEMM: resident, %d blocks hold the weights in registers",
-		              (s->experts + (s->experts > 384 ? 31 : s->experts > 256 ? 23 : 15)) /
-		                      (s->experts > 384 ? 32 : s->experts > 256 ? 24 : 16) * 8);
-		if (t && s->tokens > t->resident_tokens)
-			km_buf_puts(out, "; cuBLASLt was not found, so it is taken at every token count\n");
-		else if (t)
-			km_buf_printf(out, "; up to %d tokens (tuning row %d, %d experts)\n",
-			              t->resident_tokens, t->capability, t->experts);
-		else
-			km_buf_puts(out, "\n");
-		return;
-	}
-	km_buf_printf(out, "router GEMM: %s, ",
-	              p->gemm == KM_GEMM_BLAS ? "cuBLASLt" : "the general form");
+	km_buf_printf(out, "%s, ", p->gemm == KM_GEMM_BLAS ? "cuBLASLt" : "the general form");
 	if (misses)
 		km_buf_printf(out, "the resident form does not fit: %s\n", misses);
+	else if (!splits(s, d))
+		km_buf_printf(out, "%d tokens are above the resident form's %d; the split form does not fit: %s\n",
+		              s->tokens, t->resident_tokens,
+		              d->capability != 90 ? "it is for capability 9.0 alone" : "experts are odd");
+	else if (s->experts > PARTS_EXPERTS)
+		km_buf_printf(out, "%d tokens are above the split form's %d; the form in parts does not fit: "
+		              "experts are above %d\n", s->tokens, t->split_tokens, PARTS_EXPERTS);
 	else
-		km_buf_printf(out, "%d tokens are above the resident form's %d and the split form's %d "
-		              "(tuning row %d, %d experts)\n", s->tokens, t->resident_tokens, t->split_tokens,
-		              t->capability, t->experts);
+		km_buf_printf(out, "%d tokens are above the resident form's %d, the split form's %d and the "
+		              "parts' %d (tuning row %d, %d experts)\n", s->tokens, t->resident_tokens,
+		              t->split_tokens, t->parts_tokens, t->capability, t->experts);
+}
+
+static void explain_gemm(const km_router_plan *p, const km_router_shape *s, const km_router_device *d,
+                         km_buf *out)
+{
+	const km_router_tuning *t = km_router_tuning_find(d, s->experts);
+
+	km_buf_puts(out, "router GEMM: ");
+	if (p->chain == KM_CHAIN_ONE_LAUNCH)
+		km_buf_printf(out, "resident, in its chain's launch; up to %d tokens (tuning row %d, %d experts)\n",
+		              t->one_launch_tokens, t->capability, t->experts);
+	else if (p->gemm == KM_GEMM_SPLIT || p->gemm == KM_GEMM_PARTS)
+		explain_split(p, s, t, out);
+	else if (p->gemm == KM_GEMM_RESIDENT)
+		explain_resident(s, t, out);
+	else
+		explain_rest(p, s, d, out);
 }
 
 void km_router_plan_explain(const km_router_plan *p, const km_router_shape *s,

@@ -25,7 +25,8 @@ typedef struct km_router_tuning {
 	int capability, experts;
 	bool pdl;
 	int resident_tokens;   /* the resident GEMM up to this many */
-	int split_tokens;      /* else the split GEMM up to this many; cuBLASLt above */
+	int split_tokens;      /* else the split GEMM up to this many */
+	int parts_tokens;      /* else the GEMM in parts up to this many; cuBLASLt above */
 	int one_launch_tokens; /* router, gate and alignment in one launch up to this many */
 	int gate_align_tokens; /* else gate and alignment in one launch up to this many */
 } km_router_tuning;
@@ -36,6 +37,9 @@ const km_router_tuning *km_router_tuning_find(const km_router_device *device, in
 
 int km_router_plan_make(km_router_plan *plan, const km_router_shape *shape,
                         const km_router_device *device, km_err *err);
+
+/* The plan with another router GEMM, in the tile that it takes for this shape; for measuring. */
+void km_router_plan_force(km_router_plan *plan, const km_router_shape *shape, enum km_router_gemm gemm);
 
 /* Appends the plan's choices and their reasons, a line each. */
 void km_router_plan_explain(const km_router_plan *plan, const km_router_shape *shape,

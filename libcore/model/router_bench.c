@@ -26,6 +26,43 @@ void km_router_bench_quantiles(double *us, int count, double *median, double *p9
 	*p95 = us[(count - 1) * 95 / 100];
 }
 
+/* What form f costs at a point: its time over the best. */
+static double cost_at(const double *us, int forms, int f)
+{
+	double best = us[0];
+
+	for (int i = 1; i < forms; i++)
+		best = us[i] < best ? us[i] : best;
+	return us[f] / best;
+}
+
+void km_router_bench_limits(const double *us, const int *tokens, int points, int forms, int *limit)
+{
+	double least[KM_BENCH_FORMS]; /* of the points so far, the last of which form f takes */
+	int ends[KM_BENCH_FORMS][KM_BENCH_FORMS] = { 0 }; /* the limits of each such way */
+
+	KM_ASSERT(forms >= 1 && forms <= KM_BENCH_FORMS);
+	for (int f = 0; f < forms; f++)
+		least[f] = 0;
+	for (int i = 0; i < points; i++)
+		for (int f = forms - 1; f >= 0; f--) {
+			int from = f;
+
+			for (int g = f - 1; g >= 0; g--)
+				if (least[g] < least[from])
+					from = g;
+			memmove(ends[f], ends[from], sizeof(ends[f]));
+			least[f] = least[from] + cost_at(us + i * forms, forms, f);
+			for (int g = f; g < forms; g++)
+				ends[f][g] = tokens[i];
+		}
+	for (int f = 0, best = 0; f < forms; f++) {
+		best = least[f] < least[best] ? f : best;
+		if (f == forms - 1)
+			memcpy(limit, ends[best], (size_t)forms * sizeof(*limit));
+	}
+}
+
 int km_router_bench_forms(const km_router_shape *s, bool gpu, const char **forms)
 {
 	bool fused = (s->experts == 256 || s->experts == 384) && s->top_k <= 8 && s->groups <= 1;

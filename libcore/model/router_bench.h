@@ -49,6 +49,14 @@ void km_router_bench_release(km_router_bench_report *report);
 /* Measures the token counts at which forms overtake each other; appends rows of router_tuning.inc. */
 int km_router_bench_tune(const km_router_bench_options *options, km_buf *out, km_err *err);
 
+/*
+ * Where forms overtake each other: us[point * forms + form] are their times at rising token counts, INFINITY
+ * where a form cannot run; limit[form] becomes the last token count at which that form or an earlier one is
+ * taken (0: none). Of all such limits those whose times, each over its point's best, add up to the
+ * least, so that one noisy point moves no limit far. Up to KM_BENCH_FORMS forms.
+ */
+void km_router_bench_limits(const double *us, const int *tokens, int points, int forms, int *limit);
+
 /* Forms that a shape has at a token count, on the GPU or on the CPU. */
 int km_router_bench_forms(const km_router_shape *shape, bool gpu, const char **forms);
 

@@ -3,6 +3,7 @@
 
 #if KM_CUDA
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -342,71 +343,57 @@ int km_router_bench_time_gpu(km_router_bench_report *report, const km_router_ben
 
 static const int tune_tokens[] = { 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256 };
 
-enum { TUNE_COUNT = sizeof(tune_tokens) / sizeof(tune_tokens[0]), FUSED_TOKENS = 64 };
+/* In the order in which they overtake each other. */
+static const enum km_router_gemm tune_gemms[] = { KM_GEMM_RESIDENT, KM_GEMM_SPLIT, KM_GEMM_PARTS, KM_GEMM_BLAS };
+static const enum km_router_chain tune_chains[] = { KM_CHAIN_ONE_LAUNCH, KM_CHAIN_GATE_ALIGN, KM_CHAIN_SEPARATE };
 
-/* The GEMM's and the chain's best forms at g's token count. */
-typedef struct tune_point {
-	enum km_router_gemm gemm;
-	enum km_router_chain chain;
-} tune_point;
+enum { TUNE_COUNT = sizeof(tune_tokens) / sizeof(tune_tokens[0]), GEMMS = 4, CHAINS = 3, FUSED_TOKENS = 64 };
 
-static int tune_at(gpu_bench *g, tune_point *point, km_err *err)
+static bool has_gemm(const gpu_bench *g, enum km_router_gemm gemm)
 {
-	const enum km_router_gemm forms[] = { KM_GEMM_RESIDENT, KM_GEMM_SPLIT, KM_GEMM_BLAS };
-	km_router_bench_row row;
-	double best = 1e30;
+	return gemm == KM_GEMM_RESIDENT || (gemm == KM_GEMM_BLAS ? g->device.blas : g->device.capability == 90);
+}
 
-	point->gemm = KM_GEMM_RESIDENT;
-	for (int f = 0; f < 3; f++) {
-		if ((forms[f] == KM_GEMM_SPLIT && g->device.capability != 90) ||
-		    (forms[f] == KM_GEMM_BLAS && !g->device.blas))
+/* The forms' times at g's token count; INFINITY where there is none. The chains' with the best GEMM. */
+static int tune_at(gpu_bench *g, double *gemm_us, double *chain_us, km_err *err)
+{
+	km_router_bench_row row;
+	int best = 0;
+
+	for (int f = 0; f < GEMMS; f++) {
+		gemm_us[f] = INFINITY;
+		if (!has_gemm(g, tune_gemms[f]))
 			continue;
-		g->plan.gemm = forms[f];
+		km_router_plan_force(&g->plan, &g->shape, tune_gemms[f]);
 		KM_TRY(time_graph(g, KM_PART_GEMM, &row, err));
-		if (row.us_median < best) {
-			best = row.us_median;
-			point->gemm = forms[f];
-		}
+		gemm_us[f] = row.us_median;
+		best = gemm_us[f] < gemm_us[best] ? f : best;
 	}
-	g->plan.gemm = point->gemm;
-	best = 1e30;
-	point->chain = KM_CHAIN_SEPARATE;
-	for (int c = KM_CHAIN_SEPARATE; c <= KM_CHAIN_ONE_LAUNCH && g->shape.tokens <= FUSED_TOKENS; c++) {
-		g->plan.chain = (enum km_router_chain)c;
+	km_router_plan_force(&g->plan, &g->shape, tune_gemms[best]);
+	for (int f = 0; f < CHAINS; f++) {
+		chain_us[f] = INFINITY;
+		if (g->shape.tokens > FUSED_TOKENS && tune_chains[f] != KM_CHAIN_SEPARATE)
+			continue;
+		g->plan.chain = tune_chains[f];
 		KM_TRY(time_graph(g, KM_PART_CHAIN, &row, err));
-		if (row.us_median < best) {
-			best = row.us_median;
-			point->chain = g->plan.chain;
-		}
+		chain_us[f] = row.us_median;
 	}
 	return 0;
 }
 
 static int tune_rows(gpu_bench *g, km_buf *out, km_err *err)
 {
-	int resident = 0, split = 0, one_launch = 0, gate_align = 0;
-	bool more_resident = true, more_split = true, more_one = true, more_gate = true;
+	double gemm_us[TUNE_COUNT * GEMMS], chain_us[TUNE_COUNT * CHAINS];
+	int gemm[GEMMS], chain[CHAINS];
 
 	for (int i = 0; i < TUNE_COUNT; i++) {
-		tune_point p;
-
 		KM_TRY(set_tokens(g, tune_tokens[i], err));
-		KM_TRY(tune_at(g, &p, err));
-		more_resident = more_resident && p.gemm == KM_GEMM_RESIDENT;
-		more_split = more_split && p.gemm != KM_GEMM_BLAS;
-		more_one = more_one && p.chain == KM_CHAIN_ONE_LAUNCH;
-		more_gate = more_gate && p.chain != KM_CHAIN_SEPARATE;
-		if (more_resident)
-			resident = tune_tokens[i];
-		if (more_split)
-			split = tune_tokens[i];
-		if (more_one)
-			one_launch = tune_tokens[i];
-		if (more_gate)
-			gate_align = tune_tokens[i];
+		KM_TRY(tune_at(g, gemm_us + i * GEMMS, chain_us + i * CHAINS, err));
 	}
-	km_buf_printf(out, "\t{ %d, %d, %s, %d, %d, %d, %d },\n", g->device.capability, g->shape.experts,
-	              g->device.pdl ? "true" : "false", resident, split, one_launch, gate_align);
+	km_router_bench_limits(gemm_us, tune_tokens, TUNE_COUNT, GEMMS, gemm);
+	km_router_bench_limits(chain_us, tune_tokens, TUNE_COUNT, CHAINS, chain);
+	km_buf_printf(out, "\t{ %d, %d, %s, %d, %d, %d, %d, %d },\n", g->device.capability, g->shape.experts,
+	              g->device.pdl ? "true" : "false", gemm[0], gemm[1], gemm[2], chain[0], chain[1]);
 	return 0;
 }
 

@@ -14,10 +14,15 @@ static double near_tie(double c)
 
 static const double WEIGHT_BOUND = 1e-6;
 
+double km_router_logit_bound(const km_router_shape *s)
+{
+	return (s->hidden / 8 + 32) * 0x1p-24;
+}
+
 static int check_logit(km_router_check *check, const km_router_shape *s, const uint16_t *x,
                        const void *w, int e, float got, km_err *err)
 {
-	double sum = 0, sizes = 0, bound = (s->hidden / 8 + 32) * 0x1p-24, off;
+	double sum = 0, sizes = 0, bound = km_router_logit_bound(s), off;
 
 	for (int h = 0; h < s->hidden; h++) {
 		size_t at = (size_t)e * (size_t)s->hidden + (size_t)h;

@@ -19,6 +19,9 @@ typedef struct km_router_check {
 	double worst_logit;  /* error over the sum of the products' sizes */
 } km_router_check;
 
+/* A logit may be off by so much of the sum of its products' sizes. */
+double km_router_logit_bound(const km_router_shape *shape);
+
 /* Rows first, first + step, ... of logits = x wᵀ, within the bound of f32 sums of hidden / 8 terms in
  * a lane. `w` is bf16, or f32 when the shape says so. */
 int km_router_check_logits(km_router_check *check, const km_router_shape *shape, const uint16_t *x,

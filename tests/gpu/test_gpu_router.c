@@ -265,11 +265,13 @@ static void check_gate_case(const gate_form *form, const km_router_shape *shape,
 static void sweep_gate(const gate_form *form, km_router_shape shape, int cases)
 {
 	km_router_check check = { 0 };
-	int tokens = shape.tokens; /* of random logits; fewer of the other kinds */
+	int tokens = shape.tokens; /* of random logits; fewer rows of the other kinds */
 
 	for (int kind = 0; kind < KINDS; kind++)
 		for (int bias = 0; bias < 4; bias++)
-			for (int i = 0; i < cases && (!short_run || bias == kind % 4); i++) {
+			for (int i = 0; i < (kind == RANDOM ? cases : (cases + 4) / 5); i++) {
+				if (short_run && bias != kind % 4)
+					continue;
 				shape.tokens = kind == RANDOM || tokens < 1000 ? tokens : tokens / 5;
 				check_gate_case(form, &shape, (enum logits_kind)kind, bias, (uint64_t)i, &check);
 			}
@@ -303,7 +305,7 @@ static void test_gate_onepass(void **state)
 			s.renormalize = v != 2;
 			sweep_gate(&forms[f], s, 1);
 		}
-	s.tokens = short_run ? 21 : 1001;
+	s.tokens = short_run ? 21 : 2501;
 	for (int v = 0; v < 8; v++) {
 		s.experts = v < 4 ? 256 : v < 6 ? 512 : 128;
 		s.groups = v < 4 ? 8 : 1;
@@ -323,7 +325,7 @@ static void test_gate_rounds(void **state)
 	} shapes[] = { { 384, 8, 1, 1, false }, { 256, 8, 8, 4, false }, { 512, 10, 1, 1, true },
 		       { 1024, 32, 1, 1, false }, { 7, 3, 1, 1, false }, { 160, 6, 8, 3, true },
 		       { 64, 6, 1, 1, false }, { 1000, 31, 20, 5, false }, { 128, 1, 1, 1, true } };
-	km_router_shape s = k2_shape(short_run ? 13 : 601);
+	km_router_shape s = k2_shape(short_run ? 13 : 2501);
 
 	(void)state;
 	for (int i = 0; i < COUNT(shapes); i++) {
@@ -339,7 +341,7 @@ static void test_gate_rounds(void **state)
 static void test_gate_align(void **state)
 {
 	gate_form form = { "gate and alignment", KM_PART_GATE_ALIGN, KM_GATE_ONEPASS, 0, 1 };
-	static const int tokens[] = { 1, 2, 7, 8, 9, 33, 63, 64 };
+	static const int tokens[] = { 1, 2, 7, 8, 9, 16, 33, 63, 64 };
 
 	(void)state;
 	for (int i = 0; i < COUNT(tokens); i++)
@@ -352,10 +354,10 @@ static void test_gate_align(void **state)
 			s.softmax = v & 2;
 			s.block = v == 1 ? 64 : v == 2 ? 48 : 8;
 			form.warps = 0;
-			sweep_gate(&form, s, short_run ? 1 : tokens[i] == 64 ? 8 : 1);
+			sweep_gate(&form, s, short_run ? 1 : tokens[i] == 64 ? 45 : 1);
 			form.warps = v == 3 ? 8 : 16;
 			if (!short_run || tokens[i] > 16)
-				sweep_gate(&form, s, 1);
+				sweep_gate(&form, s, !short_run && tokens[i] == 16 ? 180 : 1);
 		}
 }
 
@@ -488,6 +490,30 @@ static void test_gemm_split(void **state)
 	printf("figure: split GEMM: worst logit error %.1e of the products' sizes\n", check.worst_logit);
 }
 
+/* 16 parts, then their sums: every number of tiles, ragged ones, both widths. */
+static void test_gemm_parts(void **state)
+{
+	static const int experts[] = { 384, 256, 160, 8 }, tokens[] = { 256, 129, 200, 1, 128 };
+	km_router_plan form = { .gemm = KM_GEMM_PARTS, .split = 16, .split_tokens = 128 };
+	km_router_check check = { 0 };
+
+	(void)state;
+	if (km_cuda_info_of(gpu)->capability != 90) {
+		printf("skip: the GEMM in parts is for capability 9.0\n");
+		skip();
+	}
+	for (int e = 0; e < COUNT(experts); e++)
+		for (int t = 0; t < COUNT(tokens); t++) {
+			km_router_shape s = k2_shape(tokens[t]);
+
+			s.experts = experts[e];
+			form.split_experts = (e + t) % 2 ? 64 : 96;
+			if (!short_run || e == t % COUNT(experts))
+				check_gemm(s, &form, t % 2, &check);
+		}
+	printf("figure: GEMM in parts: worst logit error %.1e of the products' sizes\n", check.worst_logit);
+}
+
 static void test_gemm_general(void **state)
 {
 	const km_router_plan form = { .gemm = KM_GEMM_GENERAL };
@@ -614,85 +640,201 @@ static void test_one_launch(void **state)
 }
 
 /*
- * Graphs: for each bucket of tokens, each part and the chain captured once and replayed with inputs,
- * and numbers of rows that count, that change between replays; 1,000 replays in all for each part.
+ * Graphs: every form captured once for each of its buckets of tokens, with and without overlap, and
+ * replayed with inputs, and numbers of rows that count, that change between replays; 1,000 replays in all
+ * for each form.
  */
-static void replay_part(enum km_router_part part, int bucket, int replays, bool pdl)
+typedef struct replay_case {
+	const char *name;
+	enum km_router_part part;
+	int tokens[4], replays[4]; /* buckets, and how often each is replayed; twice: with overlap and without */
+	int experts, top_k, hidden;
+	int gemm, gate; /* -1: the plan's */
+	int split_tokens, split_experts;
+	bool softmax, f32;
+} replay_case;
+
+static const replay_case replay_cases[] = {
+	{ "gate", KM_PART_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false },
+	{ "gate, softmax", KM_PART_GATE, { 1, 40 }, { 450, 50 }, 256, 8, 64, -1, -1, 0, 0, true, false },
+	{ "gate by rounds", KM_PART_GATE, { 1, 5 }, { 250, 250 }, 60, 6, 64, -1, KM_GATE_ROUNDS, 0, 0, false, false },
+	{ "alignment", KM_PART_ALIGN, { 1, 8, 64, 400 }, { 220, 220, 50, 10 }, 384, 8, 64, -1, -1, 0, 0, false, false },
+	{ "large alignment", KM_PART_ALIGN, { 400 }, { 500 }, 16, 8, 64, -1, -1, 0, 0, false, false },
+	{ "gate, alignment", KM_PART_GATE_ALIGN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false },
+	{ "router, gate", KM_PART_ROUTER_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false },
+	{ "one launch", KM_PART_ONE_LAUNCH, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false },
+	{ "chain", KM_PART_CHAIN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false },
+	{ "resident", KM_PART_GEMM, { 1, 9, 70 }, { 400, 80, 20 }, 16, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false },
+	{ "split, 64 x 32", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 32, false, false },
+	{ "split, 64 x 48", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 48, false, false },
+	{ "split, 64 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 64, false, false },
+	{ "split, 128 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 64, false, false },
+	{ "split, 128 x 96", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 96, false, false },
+	{ "parts, 128 x 64", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 8, 8, 7168, KM_GEMM_PARTS, -1, 128, 64, false, false },
+	{ "parts, 128 x 96", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 8, 8, 7168, KM_GEMM_PARTS, -1, 128, 96, false, false },
+	{ "general", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, false },
+	{ "general, f32", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, true },
+};
+
+static km_router_plan replay_plan(const replay_case *c, const km_router_shape *s, bool pdl)
+{
+	km_router_plan plan = plan_for(s, pdl);
+
+	plan.gate = c->gate < 0 ? plan.gate : (enum km_router_gate)c->gate;
+	if (c->gemm >= 0) {
+		plan.gemm = (enum km_router_gemm)c->gemm;
+		plan.split = 16;
+		plan.split_tokens = c->split_tokens;
+		plan.split_experts = c->split_experts;
+	}
+	return plan;
+}
+
+/* Selected ids for the alignment alone; some take no place. */
+static void fill_ids(rig *r, int replay)
+{
+	for (int p = 0; p < r->shape.tokens * r->shape.top_k; p++)
+		r->ids[p] = (int32_t)(km_rng_u64(200 + (uint64_t)replay, (uint64_t)p) %
+		                      (uint64_t)(r->shape.experts + 2)) - 1;
+	must(km_cuda_upload(gpu, r->b.ids, r->ids, (size_t)r->shape.tokens * (size_t)r->shape.top_k * 4, &err));
+}
+
+static bool makes_logits(const replay_case *c)
+{
+	return c->part != KM_PART_GATE && c->part != KM_PART_ALIGN && c->part != KM_PART_GATE_ALIGN;
+}
+
+/* One replay's inputs, and poison where its outputs go. Returns the logits, where they are an input. */
+static float *change_inputs(rig *r, const replay_case *c, int32_t *valid, uint16_t *const *x, int replay)
+{
+	int bucket = r->shape.tokens;
+	size_t n = (size_t)bucket * (size_t)r->shape.experts * sizeof(float);
+	float *logits = NULL;
+
+	*valid = 1 + replay * 7 % bucket;
+	rig_poison(r);
+	must(km_cuda_upload(gpu, (void *)r->b.valid, valid, 4, &err));
+	if (makes_logits(c)) {
+		must(km_cuda_fill(gpu, r->b.logits, POISON, n, &err));
+		must(km_cuda_upload(gpu, (void *)r->b.x, x[replay % 2],
+		                    (size_t)bucket * (size_t)r->shape.hidden * 2, &err));
+	} else if (c->part == KM_PART_ALIGN) {
+		fill_ids(r, replay);
+	} else {
+		logits = make_logits(replay % 9 == 8 ? BROKEN : RANDOM, bucket, r->shape.experts,
+		                     100 + (uint64_t)replay);
+		must(km_cuda_upload(gpu, r->b.logits, logits, n, &err));
+	}
+	return logits;
+}
+
+/* The logits that an x gives are checked once, `first`, and are the same bits ever after. */
+static void check_replay_logits(rig *r, const uint16_t *x, const void *w, float *first, bool is_first)
+{
+	size_t n = (size_t)r->shape.tokens * (size_t)r->shape.experts * sizeof(float);
+	km_router_check check = { 0 };
+
+	if (!is_first) {
+		assert_memory_equal(r->logits, first, n);
+		return;
+	}
+	must(km_router_check_logits(&check, &r->shape, x, w, r->logits, 0,
+	                            r->shape.tokens > 8 ? r->shape.tokens / 4 : 1, &err));
+	memcpy(first, r->logits, n);
+}
+
+static void check_replay(rig *r, const replay_case *c, const float *bias, int valid)
+{
+	km_router_check check = { 0 };
+
+	if (c->part != KM_PART_ALIGN)
+		must(km_cuda_download(gpu, r->logits, r->b.logits,
+		                      (size_t)r->shape.tokens * (size_t)r->shape.experts * 4, &err));
+	if (c->part != KM_PART_ALIGN && c->part != KM_PART_GEMM) {
+		rig_fetch_gate(r);
+		must(km_router_check_gate(&check, &r->shape, r->logits, bias, NULL, valid, r->ids, r->weights,
+		                          &err));
+	}
+	if (c->part != KM_PART_GATE && c->part != KM_PART_ROUTER_GATE && c->part != KM_PART_GEMM)
+		rig_check_align(r);
+}
+
+static void replay_bucket(const replay_case *c, int bucket, int replays, bool pdl)
 {
 	km_router_shape s = k2_shape(bucket);
-	size_t mark = mark_pieces(), n = (size_t)bucket * 384;
-	km_router_plan plan = plan_for(&s, pdl);
-	uint16_t *x[2], *w = router_weights();
-	float *bias = make_bias(1, 384);
+	size_t mark = mark_pieces(), weights = (size_t)c->experts * (size_t)c->hidden;
+	float *w32 = km_xcalloc(weights, sizeof(float)), *bias = make_bias(1, c->experts);
+	uint16_t *w = router_weights(), *x[2];
+	float *first[2];
 	km_cuda_graph *graph = NULL;
-	km_router_check check = { 0 };
 	int32_t valid = bucket;
+	km_router_plan plan;
 	rig r;
 
+	s.experts = c->experts;
+	s.top_k = c->top_k;
+	s.hidden = c->hidden;
+	s.softmax = c->softmax;
+	s.weights_f32 = c->f32;
+	plan = replay_plan(c, &s, pdl);
+	for (size_t i = 0; i < weights && c->f32; i++)
+		w32[i] = km_rng_normal(4, i) * 0.03f;
 	rig_open(&r, &s);
-	for (int i = 0; i < 2; i++)
-		x[i] = make_bf16((size_t)bucket * HIDDEN, 32 + (uint64_t)i, 1.0f);
-	r.b.x = take_copy(x[0], (size_t)bucket * HIDDEN * 2);
-	r.b.w = take_copy(w, (size_t)384 * HIDDEN * 2);
-	r.b.bias = take_copy(bias, 384 * 4);
+	for (int i = 0; i < 2; i++) {
+		x[i] = make_bf16((size_t)bucket * (size_t)c->hidden, 32 + (uint64_t)i, 1.0f);
+		first[i] = km_xcalloc((size_t)bucket * (size_t)c->experts, sizeof(float));
+	}
+	r.b.x = take_copy(x[0], (size_t)bucket * (size_t)c->hidden * 2);
+	r.b.w = c->f32 ? take_copy(w32, weights * 4) : take_copy(w, weights * 2);
+	r.b.bias = take_copy(bias, (size_t)c->experts * 4);
 	r.b.valid = take_copy(&valid, 4);
-	must(km_cuda_router_run(gpu, KM_PART_GEMM, &plan, &s, &r.b, &err));
-	must(km_cuda_wait(gpu, &err));
+	if (makes_logits(c))
+		must(km_cuda_router_run(gpu, c->part, &plan, &s, &r.b, &err)); /* cuBLASLt chooses */
 	must(km_cuda_capture_begin(gpu, &err));
-	must(km_cuda_router_run(gpu, part, &plan, &s, &r.b, &err));
+	must(km_cuda_router_run(gpu, c->part, &plan, &s, &r.b, &err));
 	must(km_cuda_capture_end(gpu, &graph, &err));
 	for (int i = 0; i < replays; i++) {
-		float *logits = part == KM_PART_GATE || part == KM_PART_GATE_ALIGN
-		                        ? make_logits(i % 9 == 8 ? BROKEN : RANDOM, bucket, 384, 100 + (uint64_t)i)
-		                        : NULL;
+		float *logits = change_inputs(&r, c, &valid, x, i);
 
-		valid = 1 + i * 7 % bucket;
-		rig_poison(&r);
-		must(km_cuda_upload(gpu, (void *)r.b.valid, &valid, 4, &err));
-		if (logits)
-			must(km_cuda_upload(gpu, r.b.logits, logits, n * 4, &err));
-		else
-			must(km_cuda_upload(gpu, (void *)r.b.x, x[i % 2], (size_t)bucket * HIDDEN * 2, &err));
 		must(km_cuda_graph_launch(gpu, graph, &err));
-		must(km_cuda_download(gpu, r.logits, r.b.logits, n * 4, &err));
-		rig_fetch_gate(&r);
-		must(km_router_check_gate(&check, &s, r.logits, bias, NULL, valid, r.ids, r.weights, &err));
-		if (part != KM_PART_GATE && part != KM_PART_ROUTER_GATE)
-			rig_check_align(&r);
-		if (!logits && i % 100 == 0)
-			must(km_router_check_logits(&check, &s, x[i % 2], w, r.logits, 0, bucket, &err));
+		check_replay(&r, c, bias, valid);
+		if (makes_logits(c))
+			check_replay_logits(&r, x[i % 2], c->f32 ? (void *)w32 : w, first[i % 2], i < 2);
 		free(logits);
 	}
 	km_cuda_graph_free(graph);
 	rig_close(&r);
-	free(x[0]);
-	free(x[1]);
+	for (int i = 0; i < 2; i++) {
+		free(x[i]);
+		free(first[i]);
+	}
+	free(w32);
 	free(bias);
 	free_pieces(mark);
 }
 
 static void test_graph_replay(void **state)
 {
-	static const enum km_router_part parts[] = { KM_PART_GATE, KM_PART_GATE_ALIGN, KM_PART_ROUTER_GATE,
-		                                     KM_PART_ONE_LAUNCH, KM_PART_CHAIN };
-	static const struct {
-		int tokens, replays, short_replays;
-	} buckets[] = { { 1, 125, 220 }, { 8, 125, 220 }, { 16, 125, 40 }, { 64, 125, 20 } };
-	int replays = 0;
+	static const replay_case large = { .part = KM_PART_CHAIN, .experts = 384, .top_k = 8, .hidden = HIDDEN,
+		                           .gemm = -1, .gate = -1 };
 
 	(void)state;
-	for (int p = 0; p < COUNT(parts); p++)
-		for (int b = 0; b < COUNT(buckets); b++)
-			for (int pdl = 0; pdl < 2; pdl++) {
-				int n = short_run ? buckets[b].short_replays : buckets[b].replays;
+	for (int i = 0; i < COUNT(replay_cases); i++) {
+		const replay_case *c = &replay_cases[i];
+		int replays = 0;
 
-				replay_part(parts[p], buckets[b].tokens, n, pdl);
-				replays += p == 0 ? n : 0;
+		if ((c->gemm == KM_GEMM_SPLIT || c->gemm == KM_GEMM_PARTS) &&
+		    km_cuda_info_of(gpu)->capability != 90)
+			continue;
+		for (int b = 0; b < COUNT(c->tokens); b++)
+			for (int pdl = 0; pdl < 2 && c->tokens[b]; pdl++) {
+				replay_bucket(c, c->tokens[b], c->replays[b], pdl);
+				replays += c->replays[b];
 			}
-	for (int pdl = 0; pdl < 2; pdl++)
-		if (!short_run)
-			replay_part(KM_PART_CHAIN, 200, 20, pdl);
-	printf("figure: %d replays of each of %d parts\n", replays, COUNT(parts));
+		printf("figure: %d replays of %s\n", replays, c->name);
+	}
+	for (int i = 0; i < 4 && !short_run; i++)
+		replay_bucket(&large, i < 2 ? 200 : 300, 20, i % 2);
 }
 
 /* What the plans believe of the kernels. */
@@ -728,7 +870,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(test_gate_onepass), cmocka_unit_test(test_gate_rounds),
 		cmocka_unit_test(test_gate_align), cmocka_unit_test(test_same_as_cpu_op),
 		cmocka_unit_test(test_gemm_resident), cmocka_unit_test(test_gemm_split),
-		cmocka_unit_test(test_gemm_general),
+		cmocka_unit_test(test_gemm_parts), cmocka_unit_test(test_gemm_general),
 		cmocka_unit_test(test_gemm_blas), cmocka_unit_test(test_align),
 		cmocka_unit_test(test_one_launch), cmocka_unit_test(test_graph_replay),
 		cmocka_unit_test(test_plan_limits),
@@ -736,6 +878,7 @@ int main(int argc, char **argv)
 	int failed;
 
 	short_run = argc > 1 && !strcmp(argv[1], "short");
+	setvbuf(stdout, NULL, _IOLBF, 0); /* what was done shows where a run is cut short */
 	if (!km_cuda_count(&err)) {
 		printf("skip: %s\n", err.msg);
 		return 0;
