@@ -65,6 +65,37 @@ holds() { jq -e "$1" "$grades" >/dev/null || { cat "$grades"; return 1; }; }
 	jq -e '.n > 300 and .int4 / .bf16 < 1.02' "$dir/perplexity"
 }
 
+# fixed_answers OPTION...: message and log-probabilities of the requests on standard input, by custom_id
+fixed_answers() (
+	set -o pipefail
+	"$KIMI_BIN/kimi-serve" --model-path tests/data/nano --batch --deterministic $small "$@" |
+		jq -cs 'sort_by(.custom_id)[] | {custom_id} + (.response.body.choices[0] |
+			{message, logprobs: [.logprobs.content[].logprob]})'
+)
+
+# fixed.jsonl: made by `fixed_answers` here, on an EPYC Zen 4. All kernels but plain, any number of
+# threads, any company and any cut of the prompts give it.
+@test "the same tokens and log-probabilities on every machine" {
+	jq -c '.body += {logprobs: true}' tests/eval/requests.jsonl | awk 'NR % 90 == 1' >"$dir/requests"
+	runs="avx512:1:64:512 avx512:2:5:16 avx512:3:1:100 avx2:1:64:512 avx2:2:5:16 avx2:3:1:100"
+	case $KIMI_BIN in *-asan*) runs="avx512:2:5:16" ;; esac
+	for run in $runs; do
+		IFS=: read -r isa threads running chunk <<<"$run"
+		fixed_answers --isa "$isa" --threads "$threads" --max-running-requests "$running" \
+			--chunked-prefill-size "$chunk" <"$dir/requests" >"$dir/answers" 2>"$dir/log" || {
+			grep "this machine cannot run" "$dir/log"
+			echo "# skip: this machine cannot run the $isa kernels" >&3
+			continue
+		}
+		cmp "$dir/answers" tests/data/nano/fixed.jsonl
+	done
+	[ "$(wc -l <tests/data/nano/fixed.jsonl)" -eq 12 ]
+	case $KIMI_BIN in *-asan*) return ;; esac
+	head -n 1 "$dir/requests" | fixed_answers --isa portable --threads 2 >"$dir/answers"
+	grep -qxF -f "$dir/answers" tests/data/nano/fixed.jsonl
+	jq -e '.logprobs | length > 20' "$dir/answers"
+}
+
 @test "experts' loads over the evaluation" {
 	jq -e '.n_routed_experts == 384 and .num_experts_per_tok == 8 and (.layers | map(.layer)) == [1, 2, 3, 4]
 		and all(.layers[]; .counts | length == 384 and (add % 8) == 0)
