@@ -12,26 +12,31 @@
 
 #define MLA_LOG2E 1.44269504088896341f
 
-/* `smem` above 48 KB has been allowed for the kernel before; `cluster` blocks of a row share
- * one. */
+struct mla_grid {
+	dim3 blocks;
+	int threads;
+	size_t smem;      /* dynamic; above 48 KB it has been allowed for the kernel before */
+	unsigned cluster; /* blocks of a row that share one; 0: none */
+};
+
 template <typename Args>
-static cudaError_t mla_launch(void (*kernel)(Args), dim3 grid, int threads, size_t smem, bool pdl,
-                              cudaStream_t stream, const Args &args, int cluster = 1)
+static cudaError_t mla_launch(void (*kernel)(Args), const mla_grid &grid, const Args &args,
+                              cudaStream_t stream)
 {
 	cudaLaunchAttribute attribute[2] = {};
 	cudaLaunchConfig_t config = {};
 
-	if (!grid.x || !grid.y || !grid.z)
+	if (!grid.blocks.x || !grid.blocks.y || !grid.blocks.z)
 		return cudaSuccess;
-	config.gridDim = grid;
-	config.blockDim = dim3(threads);
-	config.dynamicSmemBytes = smem;
+	config.gridDim = grid.blocks;
+	config.blockDim = dim3(grid.threads);
+	config.dynamicSmemBytes = grid.smem;
 	config.stream = stream;
-	if (cluster > 1) {
+	if (grid.cluster) {
 		attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-		attribute[config.numAttrs++].val.clusterDim = {(unsigned)cluster, 1, 1};
+		attribute[config.numAttrs++].val.clusterDim = {grid.cluster, 1, 1};
 	}
-	if (pdl) {
+	if (args.pdl) {
 		attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
 		attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
 	}

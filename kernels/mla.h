@@ -46,8 +46,9 @@ typedef struct kk_rope_kv_args {
 
 cudaError_t kk_rope_kv(const kk_rope_kv_args *args, cudaStream_t stream);
 
-/* Decode: kk_mla_absorb, kk_mla_attend, kk_mla_combine, in this order, with one set of
- * arguments. */
+/* Decode: kk_mla_absorb, kk_mla_attend, kk_mla_combine, in this order, with one set of arguments
+ * and nothing between: attend reads the cache before it has waited for absorb, which has waited for
+ * what wrote it. */
 typedef struct kk_mla_decode_args {
 	km_mla_shape shape;
 	int seqs, splits, v_blocks;

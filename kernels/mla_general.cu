@@ -163,8 +163,8 @@ extern "C" cudaError_t kk_mla_absorb_general(const kk_mla_decode_args *a, cudaSt
 {
 	if (!decode_fits(a))
 		return cudaErrorInvalidValue;
-	return mla_launch(absorb_general, dim3(a->shape.heads, a->seqs), THREADS,
-	                  a->shape.nope_dim * sizeof(float), a->pdl, stream, *a);
+	return mla_launch(absorb_general, {dim3(a->shape.heads, a->seqs), THREADS,
+	                  a->shape.nope_dim * sizeof(float), 0}, *a, stream);
 }
 
 extern "C" cudaError_t kk_mla_attend_general(const kk_mla_decode_args *a, cudaStream_t stream)
@@ -173,16 +173,17 @@ extern "C" cudaError_t kk_mla_attend_general(const kk_mla_decode_args *a, cudaSt
 
 	if (!decode_fits(a) || floats * sizeof(float) > 48 * 1024)
 		return cudaErrorInvalidValue;
-	return mla_launch(attend_general, dim3(a->shape.heads, a->seqs), THREADS,
-	                  floats * sizeof(float), a->pdl, stream, *a);
+	return mla_launch(attend_general,
+	                  {dim3(a->shape.heads, a->seqs), THREADS, floats * sizeof(float), 0}, *a,
+	                  stream);
 }
 
 extern "C" cudaError_t kk_mla_combine_general(const kk_mla_decode_args *a, cudaStream_t stream)
 {
 	if (!decode_fits(a))
 		return cudaErrorInvalidValue;
-	return mla_launch(combine_general, dim3(a->shape.heads, a->seqs), THREADS,
-	                  a->shape.kv_lora_rank * sizeof(float), a->pdl, stream, *a);
+	return mla_launch(combine_general, {dim3(a->shape.heads, a->seqs), THREADS,
+	                  a->shape.kv_lora_rank * sizeof(float), 0}, *a, stream);
 }
 
 /*
@@ -304,5 +305,5 @@ extern "C" cudaError_t kk_mla_prefill_general(const kk_mla_prefill_args *a, cuda
 
 	if (s->v_dim > MAX_V || s->nope_dim + s->rope_dim > MAX_KEY || a->tile_count > 65535)
 		return cudaErrorInvalidValue;
-	return mla_launch(prefill_general, grid, THREADS, 0, a->pdl, stream, *a);
+	return mla_launch(prefill_general, {grid, THREADS, 0, 0}, *a, stream);
 }

@@ -381,8 +381,8 @@ extern "C" cudaError_t kk_mla_prefill(const kk_mla_prefill_args *a, cudaStream_t
 	rc = cudaFuncSetAttribute(prefill, cudaFuncAttributeMaxDynamicSharedMemorySize, SMEM_BYTES);
 	if (rc != cudaSuccess)
 		return rc;
-	return mla_launch(prefill, dim3(a->tile_count, s->heads), THREADS, SMEM_BYTES, a->pdl,
-	                  stream, *a);
+	return mla_launch(prefill, {dim3(a->tile_count, s->heads), THREADS, SMEM_BYTES, 0}, *a,
+	                  stream);
 }
 
 /* Cached tokens, wherever their pages are, to adjacent rows, as bf16. Block: a run. */
@@ -426,5 +426,5 @@ extern "C" cudaError_t kk_mla_gather(const kk_mla_prefill_args *a, cudaStream_t 
 {
 	if ((a->shape.kv_lora_rank + a->shape.rope_dim) % 8)
 		return cudaErrorInvalidValue;
-	return mla_launch(gather, dim3(a->run_count), GATHER_THREADS, 0, a->pdl, stream, *a);
+	return mla_launch(gather, {dim3(a->run_count), GATHER_THREADS, 0, 0}, *a, stream);
 }

@@ -128,5 +128,5 @@ extern "C" cudaError_t kk_rope_kv(const kk_rope_kv_args *a, cudaStream_t stream)
 	if (a->kv_lora_rank % 8 || a->rope_dim % 8 || a->nope_dim % 8 || a->kv_a_stride % 4 ||
 	    a->q_from > a->tokens || blocks > INT32_MAX)
 		return cudaErrorInvalidValue;
-	return mla_launch(rope_kv, dim3((unsigned)blocks), THREADS, 0, a->pdl, stream, *a);
+	return mla_launch(rope_kv, {dim3((unsigned)blocks), THREADS, 0, 0}, *a, stream);
 }

@@ -1,6 +1,6 @@
 /*
- * How attention on a GPU is cut up, without one: every cached token that a row sees is in exactly one of
- * its tiles, in rising order, and what the tile reads was gathered in the same wave.
+ * How attention on a GPU is cut up, without one: every cached token that a row sees is in exactly
+ * one of its tiles, in rising order, and what the tile reads was gathered in the same wave.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -89,12 +89,15 @@ static void make_step(step *s, uint64_t seed, int longest)
 	s->batch.decode_seqs = (int)(km_rng_u64(seed, 1) % (uint64_t)s->batch.seqs);
 	for (int i = 0; i < s->batch.seqs; i++) {
 		int at = (int)(km_rng_u64(seed, 10 + (uint64_t)i) % (uint64_t)longest);
-		int rows = i < s->batch.decode_seqs ? 1 : 1 + (int)(km_rng_u64(seed, 30 + (uint64_t)i) % 70);
+		int rows = i < s->batch.decode_seqs
+		                   ? 1
+		                   : 1 + (int)(km_rng_u64(seed, 30 + (uint64_t)i) % 70);
 
 		s->start[i] = row;
 		for (int r = 0; r < rows; r++, row++) {
 			s->positions[row] = at;
-			at += 1 + (i % 3 == 2 ? (int)(km_rng_u64(seed, 100 + (uint64_t)row) % 9) : 0);
+			at += 1 +
+			      (i % 3 == 2 ? (int)(km_rng_u64(seed, 100 + (uint64_t)row) % 9) : 0);
 		}
 	}
 	s->start[s->batch.seqs] = row;
@@ -129,7 +132,8 @@ static int seq_of(const step *s, int row)
 }
 
 /* The wave's scratch holds the tile's tokens where the tile says. */
-static void check_gathered(const km_mla_prefill_plan *p, const km_mla_wave *w, const km_mla_tile *t, int seq)
+static void check_gathered(const km_mla_prefill_plan *p, const km_mla_wave *w, const km_mla_tile *t,
+                           int seq)
 {
 	int found = 0;
 
@@ -155,7 +159,8 @@ static void check_tile(const step *s, const km_mla_tile *t, int *seen, int seq)
 	assert_int_equal(t->resumes, t->first > 0);
 	assert_int_equal(t->goes_on, s->positions[t->row + t->rows - 1] >= t->first + t->count);
 	for (int r = t->row; r < t->row + t->rows; r++) {
-		int end = s->positions[r] + 1 < t->first + t->count ? s->positions[r] + 1 : t->first + t->count;
+		int end = s->positions[r] + 1 < t->first + t->count ? s->positions[r] + 1
+		                                                    : t->first + t->count;
 
 		assert_true(seen[r] == t->first || seen[r] == s->positions[r] + 1);
 		seen[r] = end > seen[r] ? end : seen[r];

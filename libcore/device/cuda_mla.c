@@ -11,9 +11,10 @@ static km_mla_device device_of(const km_cuda *cuda)
 static int check(cudaError_t rc, const char *what, const km_mla_shape *s, km_err *err)
 {
 	if (rc == cudaErrorInvalidValue)
-		return km_fail(err, KM_EUNSUPPORTED,
-		               "%s: no kernel for %d heads of %d + %d, values of %d, kv_lora_rank %d", what,
-		               s->heads, s->nope_dim, s->rope_dim, s->v_dim, s->kv_lora_rank);
+		return km_fail(
+			err, KM_EUNSUPPORTED,
+			"%s: no kernel for %d heads of %d + %d, values of %d, kv_lora_rank %d",
+			what, s->heads, s->nope_dim, s->rope_dim, s->v_dim, s->kv_lora_rank);
 	return rc == cudaSuccess ? 0 : km_cuda_fail(err, rc, what);
 }
 
@@ -42,15 +43,27 @@ int km_cuda_mla_decode(km_cuda *cuda, const km_mla_decode_plan *p, const km_mla_
 	             "MLA's result", s, err);
 }
 
-static kk_mla_prefill_args prefill_args(const km_cuda *cuda, const km_mla_wave *w, const km_mla_shape *s,
-                                        const km_mla_prefill_buffers *b)
+static kk_mla_prefill_args prefill_args(const km_cuda *cuda, const km_mla_wave *w,
+                                        const km_mla_shape *s, const km_mla_prefill_buffers *b)
 {
 	return (kk_mla_prefill_args){
-		.shape = *s, .page_size = b->cache.page_size, .pages_per_seq = b->cache.pages_per_seq,
-		.scale = b->scale, .runs = b->runs + w->runs_from, .tiles = b->tiles + w->tiles_from,
-		.run_count = w->runs, .tile_count = w->tiles, .pages = b->cache.pages,
-		.positions = b->positions, .cache = b->cache.data, .latents = b->latents, .kv = b->kv,
-		.q = b->q, .state = b->state, .out = b->out, .pdl = cuda->info.capability >= 90,
+		.shape = *s,
+		.page_size = b->cache.page_size,
+		.pages_per_seq = b->cache.pages_per_seq,
+		.scale = b->scale,
+		.runs = b->runs + w->runs_from,
+		.tiles = b->tiles + w->tiles_from,
+		.run_count = w->runs,
+		.tile_count = w->tiles,
+		.pages = b->cache.pages,
+		.positions = b->positions,
+		.cache = b->cache.data,
+		.latents = b->latents,
+		.kv = b->kv,
+		.q = b->q,
+		.state = b->state,
+		.out = b->out,
+		.pdl = cuda->info.capability >= 90,
 	};
 }
 
@@ -68,7 +81,7 @@ int km_cuda_mla_prefill(km_cuda *cuda, const km_mla_wave *w, const km_mla_shape 
 	kk_mla_prefill_args a = prefill_args(cuda, w, s, b);
 	km_mla_device device = device_of(cuda);
 
-	return check((km_mla_tensor_fits(s, &device) ? kk_mla_prefill : kk_mla_prefill_general)(&a,
-	                                                                                   cuda->stream),
+	return check((km_mla_tensor_fits(s, &device) ? kk_mla_prefill
+	                                             : kk_mla_prefill_general)(&a, cuda->stream),
 	             "MLA prefill", s, err);
 }

@@ -2,9 +2,9 @@
  * How fast attention is on this GPU: each part of a decode step, prefill, rope and KV write.
  *
  * A graph of calls over rotating caches and weights (160 MB of them or more, so that they come from
- * memory), replayed; the median of the replays, by events. "of bound": the larger of bytes over 3.10 TB/s
- * and flops over 780 TFLOP/s, the rates measured on an H100, over the time; for a GPU with other rates:
- * bench_gpu_mla decode|splits|prefill|all [TB/s TFLOP/s].
+ * memory), replayed; the median of the replays, by events. "of bound": the larger of bytes over
+ * 3.10 TB/s and flops over 780 TFLOP/s, the rates measured on an H100, over the time; for a GPU
+ * with other rates: bench_gpu_mla decode|splits|prefill|all [TB/s TFLOP/s].
  */
 #include <math.h>
 #include <stdio.h>
@@ -76,7 +76,8 @@ static void fill(void *to, size_t bytes, bool fp8, float size)
 	}
 	must(km_cuda_upload(gpu, to, values, bytes < block ? bytes : block, &err));
 	for (size_t at = block; at < bytes; at += block)
-		must(km_cuda_copy(gpu, (char *)to + at, to, bytes - at < block ? bytes - at : block, &err));
+		must(km_cuda_copy(gpu, (char *)to + at, to, bytes - at < block ? bytes - at : block,
+		                  &err));
 	must(km_cuda_wait(gpu, &err));
 	free(values);
 }
@@ -156,7 +157,8 @@ static void make_sets(decode_bench *b, const km_mla_decode_plan *plan)
 	const km_mla_shape *s = &b->shape;
 	int pages = b->context / PAGE, all = pages * b->seqs;
 	size_t cache = (size_t)b->seqs * (size_t)b->context * (s->fp8 ? 576 : 1152);
-	size_t kv_b = (size_t)s->heads * 256 * 512 * 2, q_bytes = (size_t)(b->seqs * s->heads * 192) * 2;
+	size_t kv_b = (size_t)s->heads * 256 * 512 * 2,
+	       q_bytes = (size_t)(b->seqs * s->heads * 192) * 2;
 	int32_t *table = random_pages(all, 3);
 	int32_t *len = km_xreallocarray(NULL, (size_t)b->seqs, sizeof(*len));
 	km_mla_decode_scratch at;
@@ -182,13 +184,24 @@ static void make_sets(decode_bench *b, const km_mla_decode_plan *plan)
 		char *scratch = take(at.bytes);
 
 		b->set[i] = (kk_mla_decode_args){
-			.shape = *s, .seqs = b->seqs, .splits = plan->splits, .v_blocks = plan->v_blocks,
-			.page_size = PAGE, .pages_per_seq = pages, .scale = 0.1447f, .q = q,
+			.shape = *s,
+			.seqs = b->seqs,
+			.splits = plan->splits,
+			.v_blocks = plan->v_blocks,
+			.page_size = PAGE,
+			.pages_per_seq = pages,
+			.scale = 0.1447f,
+			.q = q,
 			.kv_b = (char *)weights + (size_t)(i % 10) * ((size_t)64 * 256 * 512 * 2),
-			.cos_sin = turns, .positions = positions_at, .kv_len = len_at, .pages = pages_at,
-			.cache = (char *)pool + (size_t)i * cache, .query = scratch + at.query,
+			.cos_sin = turns,
+			.positions = positions_at,
+			.kv_len = len_at,
+			.pages = pages_at,
+			.cache = (char *)pool + (size_t)i * cache,
+			.query = scratch + at.query,
 			.partial = (float *)(void *)(scratch + at.partial),
-			.stats = (float *)(void *)(scratch + at.stats), .pdl = true,
+			.stats = (float *)(void *)(scratch + at.stats),
+			.pdl = true,
 			.out = take((size_t)(b->seqs * s->heads * 128) * 2),
 		};
 	}
@@ -210,13 +223,16 @@ static km_mla_decode_plan plan_for(const km_mla_shape *s, int seqs, int context)
 
 static void bench_decode(int seqs, int context, int heads, bool fp8)
 {
-	decode_bench b = { .shape = { heads, 128, 64, 128, 512, fp8 }, .seqs = seqs, .context = context };
+	decode_bench b = { .shape = { heads, 128, 64, 128, 512, fp8 },
+		           .seqs = seqs,
+		           .context = context };
 	km_mla_decode_plan plan = plan_for(&b.shape, seqs, context);
 	size_t mark = km_cuda_mark(gpu);
 	double tokens = (double)seqs * context, rows = (double)seqs * heads;
 	double cache = tokens * (fp8 ? 576 : 1152), kv_b = heads * 256.0 * 512 * 2;
 	double attend = bound(cache, tokens * heads * 2 * 1088);
-	double all = bound(cache + kv_b + rows * 320 * 2, (tokens * heads * 1088 + rows * 512 * 256) * 2);
+	double all = bound(cache + kv_b + rows * 320 * 2,
+	                   (tokens * heads * 1088 + rows * 512 * 256) * 2);
 	double us[4];
 
 	make_sets(&b, &plan);
@@ -224,26 +240,31 @@ static void bench_decode(int seqs, int context, int heads, bool fp8)
 	us[1] = time_decode(b.set, b.count, kk_mla_attend);
 	us[2] = time_decode(b.set, b.count, kk_mla_combine);
 	us[3] = time_decode(b.set, b.count, whole);
-	printf("%5d %7d %5d %4s %6d %2d %9.2f %9.2f %8.1f %6.0f%% %9.2f %9.2f %8.1f %6.0f%%\n", seqs,
-	       context, heads, fp8 ? "fp8" : "bf16", plan.splits, plan.v_blocks, us[0], us[1], attend,
-	       100 * attend / us[1], us[2], us[3], all, 100 * all / us[3]);
+	printf("%5d %7d %5d %4s %6d %2d %9.2f %9.2f %8.1f %6.0f%% %9.2f %9.2f %8.1f %6.0f%%\n",
+	       seqs, context, heads, fp8 ? "fp8" : "bf16", plan.splits, plan.v_blocks, us[0], us[1],
+	       attend, 100 * attend / us[1], us[2], us[3], all, 100 * all / us[3]);
 	fflush(stdout);
 	km_cuda_rewind(gpu, mark);
 }
 
 static void bench_splits(int seqs, int context, int heads, bool fp8, int splits)
 {
-	decode_bench b = { .shape = { heads, 128, 64, 128, 512, fp8 }, .seqs = seqs, .context = context };
+	decode_bench b = { .shape = { heads, 128, 64, 128, 512, fp8 },
+		           .seqs = seqs,
+		           .context = context };
 	size_t mark = km_cuda_mark(gpu);
 
 	for (int v_blocks = 1; v_blocks <= 4; v_blocks *= 2) {
 		km_mla_decode_plan plan = { true, splits, v_blocks };
 
 		make_sets(&b, &plan);
-		printf("splits: %d x %d, %d heads, %s: splits %d, v_blocks %d: attend %.2f, combine %.2f, "
-		       "all %.2f us\n", seqs, context, heads, fp8 ? "fp8" : "bf16", splits, v_blocks,
+		printf("splits: %d x %d, %d heads, %s: splits %d, v_blocks %d: attend %.2f, "
+		       "combine %.2f, "
+		       "all %.2f us\n",
+		       seqs, context, heads, fp8 ? "fp8" : "bf16", splits, v_blocks,
 		       time_decode(b.set, b.count, kk_mla_attend),
-		       time_decode(b.set, b.count, kk_mla_combine), time_decode(b.set, b.count, whole));
+		       time_decode(b.set, b.count, kk_mla_combine),
+		       time_decode(b.set, b.count, whole));
 		fflush(stdout);
 		km_cuda_rewind(gpu, mark);
 	}
@@ -303,8 +324,10 @@ static void bench_prefill(int rows, int heads)
 	fill((void *)(uintptr_t)a.kv, kv_bytes, false, 1);
 	gather = time_prefill(&a, kk_mla_gather);
 	us = time_prefill(&a, kk_mla_prefill);
-	printf("prefill: %d rows, %d heads: attention %.1f us, %.0f TFLOP/s, %.0f%% of %.0f; gather %.2f us\n",
-	       rows, heads, us, flops / us * 1e-6, 100 * flops / us / flops_per_us, flops_per_us * 1e-6, gather);
+	printf("prefill: %d rows, %d heads: attention %.1f us, %.0f TFLOP/s, %.0f%% of %.0f; "
+	       "gather %.2f us\n",
+	       rows, heads, us, flops / us * 1e-6, 100 * flops / us / flops_per_us,
+	       flops_per_us * 1e-6, gather);
 	fflush(stdout);
 	free(plan.runs);
 	free(plan.tiles);
@@ -336,18 +359,19 @@ static void bench_rope_kv(int tokens, int q_from, int heads)
 	for (int i = 0; i < CALLS; i++)
 		launched(kk_rope_kv(&a, gpu->stream));
 	must(km_cuda_capture_end(gpu, &graph, &err));
-	printf("rope_kv: %d rows, queries of %d, %d heads: %.2f us\n", tokens, tokens - q_from, heads,
-	       replay(graph, CALLS));
+	printf("rope_kv: %d rows, queries of %d, %d heads: %.2f us\n", tokens, tokens - q_from,
+	       heads, replay(graph, CALLS));
 	free(up);
 	km_cuda_rewind(gpu, mark);
 }
 
 static void all_decode(void)
 {
-	static const int contexts[] = { 1024, 8192, 131072 }, seqs[] = { 1, 16, 64 }, heads[] = { 64, 8 };
+	static const int contexts[] = { 1024, 8192, 131072 }, seqs[] = { 1, 16, 64 },
+			 heads[] = { 64, 8 };
 
-	printf("  seqs context heads  kv splits vb    absorb    attend    bound  share   combine       all"
-	       "    bound  share\n");
+	printf("  seqs context heads  kv splits vb    absorb    attend    bound  share   combine"
+	       "       all    bound  share\n");
 	for (int fp8 = 0; fp8 < 2; fp8++) {
 		fill(pool, POOL_BYTES, fp8, 1);
 		for (int h = 0; h < 2; h++)

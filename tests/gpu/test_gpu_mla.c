@@ -1,12 +1,12 @@
 /*
  * Attention on a GPU against the CPU's ops.
  *
- * Bounds, of a row's head (‖got - want‖ / ‖want‖): decode 0.02, prefill 0.02, where queries, weights of
- * the softmax and rebuilt keys are rounded to bf16 (2^-9 each, on scores of about 3, so some 0.006 is
- * normal); over a whole case 0.008. Outputs are poisoned before each launch. Each form is run twice and
- * must give the same bits; so must a sequence alone and in company, prefill in waves of any size, and a
- * graph replayed with other lengths. `test_gpu_mla short` does less, for runs under a sanitizer;
- * `test_gpu_mla all PATTERN` runs some of the tests.
+ * Bounds, of a row's head (‖got - want‖ / ‖want‖): decode 0.02, prefill 0.02, where queries,
+ * weights of the softmax and rebuilt keys are rounded to bf16 (2^-9 each, on scores of about 3, so
+ * some 0.006 is normal); over a whole case 0.008. Outputs are poisoned before each launch. Each
+ * form is run twice and must give the same bits; so must a sequence alone and in company, prefill
+ * in waves of any size, and a graph replayed with other lengths. `test_gpu_mla short` does less,
+ * for runs under a sanitizer; `test_gpu_mla all PATTERN` runs some of the tests.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -100,7 +100,8 @@ typedef struct rig {
 static void rig_open(rig *r, const km_mla_shape *shape, const mla_case_step *step, uint64_t seed)
 {
 	mla_case *c = &r->c;
-	size_t heads = (size_t)shape->heads, width = (size_t)(shape->kv_lora_rank + shape->rope_dim);
+	size_t heads = (size_t)shape->heads,
+	       width = (size_t)(shape->kv_lora_rank + shape->rope_dim);
 	size_t tokens, seqs = (size_t)step->seqs, key = (size_t)(shape->nope_dim + shape->rope_dim);
 
 	memset(r, 0, sizeof(*r));
@@ -154,17 +155,22 @@ static double check_rows(const rig *r, const uint16_t *got, int from, int to, co
 	size_t first = (size_t)from * (size_t)(heads * v);
 
 	for (int i = from * heads; i < to * heads; i++) {
-		double e = mla_case_error(got + (size_t)i * (size_t)v, c->out + (size_t)i * (size_t)v, v);
+		double e = mla_case_error(got + (size_t)i * (size_t)v,
+		                          c->out + (size_t)i * (size_t)v, v);
 
 		if (!(e <= ROW_BOUND))
-			fail_msg("%s: row %d, head %d of %d (%s, %d rows, page %d): off by %.4f, got %g %g "
-			         "%g %g, want %g %g %g %g", what, i / heads, i % heads, heads,
-			         c->shape.fp8 ? "fp8" : "bf16", c->batch.tokens, c->batch.page_size, e,
-			         (double)mla_case_bf16(got[i * v]), (double)mla_case_bf16(got[i * v + 1]),
-			         (double)mla_case_bf16(got[i * v + 64 % v]),
-			         (double)mla_case_bf16(got[i * v + v - 1]), (double)c->out[i * v],
-			         (double)c->out[i * v + 1], (double)c->out[i * v + 64 % v],
-			         (double)c->out[i * v + v - 1]);
+			fail_msg(
+				"%s: row %d, head %d of %d (%s, %d rows, page %d): off by %.4f, "
+				"got %g %g "
+				"%g %g, want %g %g %g %g",
+				what, i / heads, i % heads, heads, c->shape.fp8 ? "fp8" : "bf16",
+				c->batch.tokens, c->batch.page_size, e,
+				(double)mla_case_bf16(got[i * v]),
+				(double)mla_case_bf16(got[i * v + 1]),
+				(double)mla_case_bf16(got[i * v + 64 % v]),
+				(double)mla_case_bf16(got[i * v + v - 1]), (double)c->out[i * v],
+				(double)c->out[i * v + 1], (double)c->out[i * v + 64 % v],
+				(double)c->out[i * v + v - 1]);
 	}
 	return mla_case_error(got + first, c->out + first, (to - from) * heads * v);
 }
@@ -212,12 +218,15 @@ enum { MAX_SEQS = 70 };
 /* Lengths about the edges of pages and tiles, and odd ones. */
 static void decode_lengths(int *past, int *rows, int seqs, int longest, uint64_t seed)
 {
-	static const int edges[] = { 0, 1, 14, 15, 16, 17, 62, 63, 64, 65, 126, 127, 128, 129, 191, 192 };
+	static const int edges[] = { 0,  1,  14,  15,  16,  17,  62,  63,
+		                     64, 65, 126, 127, 128, 129, 191, 192 };
 
 	for (int i = 0; i < seqs; i++) {
 		int odd = (int)(km_rng_u64(seed, (uint64_t)i) % (uint64_t)longest);
 
-		past[i] = i % 2 && edges[i / 2 % COUNT(edges)] < longest ? edges[i / 2 % COUNT(edges)] : odd;
+		past[i] = i % 2 && edges[i / 2 % COUNT(edges)] < longest
+		                  ? edges[i / 2 % COUNT(edges)]
+		                  : odd;
 		rows[i] = 1;
 	}
 	past[0] = longest - 1;
@@ -246,8 +255,9 @@ static void decode_case(int seqs, int heads, int longest, int page, bool fp8)
 		}
 	}
 	e = check_decode(&r, &general, "decode, general");
-	printf("figure: decode, %d x %d heads, to %d tokens, page %d, %s: off by %.4f, general %.4f\n", seqs,
-	       heads, longest, page, fp8 ? "fp8" : "bf16", worst, e);
+	printf("figure: decode, %d x %d heads, to %d tokens, page %d, %s: off by %.4f, "
+	       "general %.4f\n",
+	       seqs, heads, longest, page, fp8 ? "fp8" : "bf16", worst, e);
 	rig_close(&r);
 }
 
@@ -272,7 +282,9 @@ static void test_decode(void **state)
 static void test_decode_small(void **state)
 {
 	static const km_mla_shape shapes[] = {
-		{ 4, 16, 8, 16, 32, false }, { 4, 32, 16, 32, 64, true }, { 16, 16, 32, 16, 128, false },
+		{ 4, 16, 8, 16, 32, false },
+		{ 4, 32, 16, 32, 64, true },
+		{ 16, 16, 32, 16, 128, false },
 	};
 	int past[] = { 99, 0, 16 }, rows[] = { 1, 1, 1 };
 	mla_case_step step = { 3, 3, 16, past, rows, 1 };
@@ -291,21 +303,18 @@ static void test_decode_small(void **state)
 }
 
 /* Each sequence alone, under the plan of all, gives the bits that it gave in company. */
-static void test_decode_alone(void **state)
+static void alone_case(int longest, int splits, int v_blocks)
 {
 	enum { SEQS = 19 };
 	int past[SEQS], rows[SEQS], seqs = short_run ? 3 : SEQS;
 	mla_case_step step = { seqs, seqs, 16, past, rows, 1 };
 	km_mla_shape shape = k2_shape(short_run ? 3 : 20, false);
 	size_t row = (size_t)(shape.heads * shape.v_dim) * 2;
-	km_mla_decode_plan plan = { true, 5, 2 };
+	km_mla_decode_plan plan = { true, splits, v_blocks };
 	uint16_t *all;
 	rig r;
 
-	(void)state;
-	if (!km_mla_tensor_fits(&shape, &(km_mla_device){ device().capability, 1 }))
-		skip();
-	decode_lengths(past, rows, seqs, 900, 3);
+	decode_lengths(past, rows, seqs, longest, 3);
 	rig_open(&r, &shape, &step, 5);
 	decode(&r, &plan, seqs);
 	all = fetch(r.out, r.out_bytes);
@@ -327,11 +336,27 @@ static void test_decode_alone(void **state)
 	rig_close(&r);
 }
 
+static void test_decode_alone(void **state)
+{
+	km_mla_shape shape = k2_shape(1, false);
+	km_mla_device d = device();
+
+	(void)state;
+	if (!km_mla_tensor_fits(&shape, &d))
+		skip();
+	alone_case(900, 5, 2);
+	alone_case(short_run ? 120 : 900, 2, 1);
+	alone_case(900, 2, 4);
+	alone_case(900, 17, 1);
+}
+
 /* One graph, three sets of lengths; a row of no cached tokens is zeros. */
 static void graph_case(bool tensor)
 {
 	enum { SEQS = 4 };
-	static const int lengths[][SEQS] = { { 900, 1, 64, 65 }, { 3, 640, 0, 129 }, { 0, 0, 512, 899 } };
+	static const int lengths[][SEQS] = { { 900, 1, 64, 65 },
+		                             { 3, 640, 0, 129 },
+		                             { 0, 0, 512, 899 } };
 	int past[SEQS] = { 899, 899, 899, 899 }, rows[SEQS] = { 1, 1, 1, 1 };
 	mla_case_step step = { SEQS, SEQS, 16, past, rows, 1 };
 	km_mla_shape shape = tensor ? k2_shape(8, true) : (km_mla_shape){ 4, 16, 8, 16, 32, false };
@@ -384,7 +409,8 @@ static void test_decode_graph(void **state)
 static uint16_t *rebuild(const rig *r, const uint16_t *latents, int tokens)
 {
 	const km_mla_shape *s = &r->c.shape;
-	int lora = s->kv_lora_rank, width = lora + s->rope_dim, cols = s->heads * (s->nope_dim + s->v_dim);
+	int lora = s->kv_lora_rank, width = lora + s->rope_dim,
+	    cols = s->heads * (s->nope_dim + s->v_dim);
 	uint16_t *kv = km_xreallocarray(NULL, (size_t)tokens * (size_t)cols, 2);
 	float *w = km_xreallocarray(NULL, (size_t)cols * (size_t)lora, sizeof(float));
 
@@ -401,7 +427,8 @@ static uint16_t *rebuild(const rig *r, const uint16_t *latents, int tokens)
 
 			for (int c = 0; c < lora; c += 16)
 				for (int l = 0; l < 16; l++)
-					lane[l] += x[c + l] * w[(size_t)n * (size_t)lora + (size_t)(c + l)];
+					lane[l] += x[c + l] *
+					           w[(size_t)n * (size_t)lora + (size_t)(c + l)];
 			for (int l = 0; l < 16; l++)
 				sum += lane[l];
 			kv[(size_t)t * (size_t)cols + (size_t)n] = mla_case_to_bf16(sum);
@@ -411,18 +438,30 @@ static uint16_t *rebuild(const rig *r, const uint16_t *latents, int tokens)
 	return kv;
 }
 
-static void run_wave(rig *r, const km_mla_prefill_plan *plan, const km_mla_wave *w, void *kv, bool general)
+static void run_wave(rig *r, const km_mla_prefill_plan *plan, const km_mla_wave *w, void *kv,
+                     bool general)
 {
 	const km_mla_shape *s = &r->c.shape;
 	size_t width = (size_t)(s->kv_lora_rank + s->rope_dim);
 	size_t cols = (size_t)(s->heads * (s->nope_dim + s->v_dim));
 	uint16_t *latents, *host;
 	kk_mla_prefill_args a = {
-		.shape = *s, .page_size = r->p.cache.page_size, .pages_per_seq = r->p.cache.pages_per_seq,
-		.scale = r->p.scale, .runs = r->p.runs + w->runs_from, .tiles = r->p.tiles + w->tiles_from,
-		.run_count = w->runs, .tile_count = w->tiles, .pages = r->p.cache.pages,
-		.positions = r->p.positions, .cache = r->p.cache.data, .latents = r->p.latents, .kv = kv,
-		.q = r->p.q, .state = r->p.state, .out = r->p.out,
+		.shape = *s,
+		.page_size = r->p.cache.page_size,
+		.pages_per_seq = r->p.cache.pages_per_seq,
+		.scale = r->p.scale,
+		.runs = r->p.runs + w->runs_from,
+		.tiles = r->p.tiles + w->tiles_from,
+		.run_count = w->runs,
+		.tile_count = w->tiles,
+		.pages = r->p.cache.pages,
+		.positions = r->p.positions,
+		.cache = r->p.cache.data,
+		.latents = r->p.latents,
+		.kv = kv,
+		.q = r->p.q,
+		.state = r->p.state,
+		.out = r->p.out,
 	};
 
 	(void)plan;
@@ -448,7 +487,8 @@ static uint16_t *prefill(rig *r, int room, bool general)
 	void *kv = take((size_t)room * heads * (size_t)(s->nope_dim + s->v_dim) * 2);
 	uint16_t *got;
 
-	km_mla_prefill_capacity(&plan, r->c.batch.tokens, r->c.batch.seqs, r->c.positions_max, room);
+	km_mla_prefill_capacity(&plan, r->c.batch.tokens, r->c.batch.seqs, r->c.positions_max,
+	                        room);
 	plan.runs = km_xcalloc((size_t)plan.max_runs, sizeof(*plan.runs));
 	plan.tiles = km_xcalloc((size_t)plan.max_tiles, sizeof(*plan.tiles));
 	plan.wave = km_xcalloc((size_t)plan.max_waves, sizeof(*plan.wave));
@@ -457,7 +497,9 @@ static uint16_t *prefill(rig *r, int room, bool general)
 	r->p.tiles = take_copy(plan.tiles, (size_t)plan.max_tiles * sizeof(*plan.tiles));
 	r->p.latents = take((size_t)room * (size_t)(s->kv_lora_rank + s->rope_dim) * 2);
 	r->p.kv = kv;
-	r->p.state = plan.state ? take((size_t)r->c.batch.tokens * heads * (size_t)(s->v_dim + 2) * 4) : NULL;
+	r->p.state = plan.state
+	                     ? take((size_t)r->c.batch.tokens * heads * (size_t)(s->v_dim + 2) * 4)
+	                     : NULL;
 	must(km_cuda_fill(gpu, r->out, POISON, r->out_bytes, &err));
 	for (int i = 0; i < plan.waves; i++)
 		run_wave(r, &plan, &plan.wave[i], kv, general);
@@ -496,18 +538,21 @@ static void prefill_case(const km_mla_shape *shape, const mla_case_step *step)
 	general = check_rows(&r, first, step->decode_seqs, r.c.batch.tokens, "prefill, general");
 	assert_true(general <= CASE_BOUND);
 	free(first);
-	printf("figure: prefill, %d sequences, %d rows, %d heads, %s: off by %.4f, general %.4f\n", step->seqs,
-	       r.c.batch.tokens, shape->heads, shape->fp8 ? "fp8" : "bf16", e, general);
+	printf("figure: prefill, %d sequences, %d rows, %d heads, %s: off by %.4f, general %.4f\n",
+	       step->seqs, r.c.batch.tokens, shape->heads, shape->fp8 ? "fp8" : "bf16", e, general);
 	rig_close(&r);
 }
 
 static void test_prefill(void **state)
 {
 	static const int none[] = { 0, 0, 0 }, short_rows[] = { 130, 1, 65 };
-	static const int past[] = { 50, 300, 7, 0, 640, 128, 1 }, rows[] = { 1, 1, 200, 128, 129, 64, 300 };
+	static const int past[] = { 50, 300, 7, 0, 640, 128, 1 },
+			 rows[] = { 1, 1, 200, 128, 129, 64, 300 };
 	static const int long_past[] = { 0 }, long_rows[] = { 1100 };
-	km_mla_shape small = { 4, 16, 8, 16, 32, false }, k2 = k2_shape(3, false), fp8 = k2_shape(16, true);
-	km_mla_shape one = k2_shape(1, false), all = k2_shape(64, false), odd = { 2, 32, 16, 32, 64, true };
+	km_mla_shape small = { 4, 16, 8, 16, 32, false }, k2 = k2_shape(3, false),
+		     fp8 = k2_shape(16, true);
+	km_mla_shape one = k2_shape(1, false), all = k2_shape(64, false),
+		     odd = { 2, 32, 16, 32, 64, true };
 
 	(void)state;
 	prefill_case(&k2, &(mla_case_step){ 3, 0, 16, none, short_rows, 1 });
@@ -567,7 +612,8 @@ static void kv_case_init(kv_case *c, int tokens, int heads, int nope, int rope, 
 {
 	size_t q_count = (size_t)(tokens * heads * (nope + rope));
 
-	*c = (kv_case){ tokens, heads, nope, rope, lora, lora + rope + 12, 2 * tokens + 3, .norm = NULL };
+	*c = (kv_case){ .tokens = tokens, .heads = heads, .nope = nope, .rope = rope, .lora = lora,
+		        .stride = lora + rope + 12, .slots = 2 * tokens + 3 };
 	c->kv_a = normals((size_t)(tokens * c->stride), 1);
 	c->norm = normals((size_t)lora, 2);
 	c->cos_sin = normals((size_t)(POSITIONS * rope), 3);
@@ -591,8 +637,10 @@ static void kv_case_solve(kv_case *c)
 	const km_ops *ops = km_cpu_ops("plain");
 	float *latent = km_xmalloc((size_t)(c->tokens * c->lora) * 4);
 	int key = c->nope + c->rope;
-	km_rmsnorm_args norm = { c->tokens, c->lora, c->kv_a, c->stride, NULL, c->norm, 1e-5f, latent, c->lora };
-	km_rope_args k = { c->tokens, 1, c->rope, c->kv_a + c->lora, c->stride, 0, c->positions, c->cos_sin };
+	km_rmsnorm_args norm = { c->tokens, c->lora, c->kv_a, c->stride, NULL,
+		                 c->norm,   1e-5f,   latent,  c->lora };
+	km_rope_args k = { c->tokens, 1, c->rope,      c->kv_a + c->lora,
+		           c->stride, 0, c->positions, c->cos_sin };
 	km_rope_args q = { c->tokens, c->heads, c->rope, c->q_want + c->nope, c->heads * key, key,
 		           c->positions, c->cos_sin };
 
@@ -600,7 +648,8 @@ static void kv_case_solve(kv_case *c)
 	ops->rope(&k);
 	ops->rope(&q);
 	for (int t = 0; t < c->tokens; t++) {
-		float *to = c->cache + (size_t)(c->slot[t] < 0 ? 0 : c->slot[t]) * (size_t)(c->lora + c->rope);
+		float *to = c->cache +
+		            (size_t)(c->slot[t] < 0 ? 0 : c->slot[t]) * (size_t)(c->lora + c->rope);
 
 		if (c->slot[t] < 0)
 			continue;
@@ -638,13 +687,17 @@ static void check_cache(const kv_case *c, const void *got, bool fp8)
 
 			if (!written[s]) {
 				for (size_t b = 0; b < bytes; b++)
-					assert_int_equal(((const uint8_t *)got)[(size_t)s * bytes + b], POISON);
+					assert_int_equal(
+						((const uint8_t *)got)[(size_t)s * bytes + b],
+						POISON);
 				break;
 			}
 			/* half a step of the type, and a little for sums in another order */
-			if (!(fabsf(g - c->cache[at]) <= fabsf(c->cache[at]) * (fp8 ? 0.064f : 0.0040f) +
-			                                         (fp8 ? 0.00099f : 1e-6f)))
-				fail_msg("slot %d, column %zu: %g, not %g", s, i, (double)g, (double)c->cache[at]);
+			if (!(fabsf(g - c->cache[at]) <=
+			      fabsf(c->cache[at]) * (fp8 ? 0.064f : 0.0040f) +
+			              (fp8 ? 0.00099f : 1e-6f)))
+				fail_msg("slot %d, column %zu: %g, not %g", s, i, (double)g,
+				         (double)c->cache[at]);
 		}
 	free(written);
 }
@@ -658,9 +711,10 @@ static void check_queries(const kv_case *c, const uint16_t *got, int q_from)
 
 		if (row < q_from || i % key < c->nope)
 			assert_int_equal(got[i], c->q[i]);
-		else if (!(fabsf(mla_case_bf16(got[i]) - c->q_want[i]) <= fabsf(c->q_want[i]) * 0.004f + 1e-6f))
-			fail_msg("row %d, value %d: %g, not %g", row, i % key, (double)mla_case_bf16(got[i]),
-			         (double)c->q_want[i]);
+		else if (!(fabsf(mla_case_bf16(got[i]) - c->q_want[i]) <=
+		           fabsf(c->q_want[i]) * 0.004f + 1e-6f))
+			fail_msg("row %d, value %d: %g, not %g", row, i % key,
+			         (double)mla_case_bf16(got[i]), (double)c->q_want[i]);
 	}
 }
 
@@ -675,13 +729,22 @@ static void rope_kv_case(int tokens, int q_from, int heads, int nope, int rope, 
 	q_bytes = (size_t)(tokens * heads * (nope + rope)) * 2;
 	cache_bytes = (size_t)(c.slots * (lora + rope)) * (fp8 ? 1 : 2);
 	a = (kk_rope_kv_args){
-		.tokens = tokens, .q_from = q_from, .heads = heads, .nope_dim = nope, .rope_dim = rope,
-		.kv_lora_rank = lora, .q = take_copy(c.q, q_bytes),
-		.kv_a = take_copy(c.kv_a, (size_t)(tokens * c.stride) * 4), .kv_a_stride = c.stride,
-		.norm = take_copy(c.norm, (size_t)lora * 4), .eps = 1e-5f,
+		.tokens = tokens,
+		.q_from = q_from,
+		.heads = heads,
+		.nope_dim = nope,
+		.rope_dim = rope,
+		.kv_lora_rank = lora,
+		.q = take_copy(c.q, q_bytes),
+		.kv_a = take_copy(c.kv_a, (size_t)(tokens * c.stride) * 4),
+		.kv_a_stride = c.stride,
+		.norm = take_copy(c.norm, (size_t)lora * 4),
+		.eps = 1e-5f,
 		.cos_sin = take_copy(c.cos_sin, (size_t)(POSITIONS * rope) * 4),
 		.positions = take_copy(c.positions, (size_t)tokens * 4),
-		.slots = take_copy(c.slot, (size_t)tokens * 4), .cache = take(cache_bytes), .fp8 = fp8,
+		.slots = take_copy(c.slot, (size_t)tokens * 4),
+		.cache = take(cache_bytes),
+		.fp8 = fp8,
 		.pdl = true,
 	};
 	kv_case_solve(&c);

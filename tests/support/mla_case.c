@@ -101,8 +101,9 @@ static void make_batch(mla_case *c, const mla_case_step *s, uint64_t seed)
 			if (!kept(s, i, r))
 				continue;
 			c->positions[row] = at;
-			c->slot[row++] = c->pages[i * b->pages_per_seq + at / s->page_size] * s->page_size +
-			                 at % s->page_size;
+			c->slot[row++] =
+				c->pages[i * b->pages_per_seq + at / s->page_size] * s->page_size +
+				at % s->page_size;
 		}
 		c->seq_start[i + 1] = row;
 	}
@@ -142,7 +143,8 @@ void mla_case_init(mla_case *c, const km_mla_shape *shape, const mla_case_step *
 	                              (size_t)shape->kv_lora_rank,
 	                      1.0f / sqrtf((float)shape->kv_lora_rank), seed + 2);
 	c->cache = random_cache(shape->fp8, (size_t)c->slots * width, seed + 3);
-	c->rotated = km_xreallocarray(NULL, (size_t)c->batch.tokens * heads * key, sizeof(uint16_t));
+	c->rotated =
+		km_xreallocarray(NULL, (size_t)c->batch.tokens * heads * key, sizeof(uint16_t));
 	c->out = km_xreallocarray(NULL, (size_t)c->batch.tokens * heads * (size_t)shape->v_dim,
 	                          sizeof(float));
 }
@@ -172,16 +174,25 @@ void mla_case_solve(mla_case *c)
 		           .cols = s->kv_lora_rank, .data = c->kv_b };
 	float *q = rotate(c);
 	km_mla_args a = {
-		.batch = &c->batch, .heads = s->heads, .nope_dim = s->nope_dim, .rope_dim = s->rope_dim,
-		.v_dim = s->v_dim, .kv_lora_rank = s->kv_lora_rank, .q = q, .kv_b = &kv_b,
-		.cache = c->cache, .kv_dtype = s->fp8 ? KM_KV_FP8 : KM_KV_BF16, .scale = c->scale,
+		.batch = &c->batch,
+		.heads = s->heads,
+		.nope_dim = s->nope_dim,
+		.rope_dim = s->rope_dim,
+		.v_dim = s->v_dim,
+		.kv_lora_rank = s->kv_lora_rank,
+		.q = q,
+		.kv_b = &kv_b,
+		.cache = c->cache,
+		.kv_dtype = s->fp8 ? KM_KV_FP8 : KM_KV_BF16,
+		.scale = c->scale,
 		.out = c->out,
 	};
 	const km_ops *ops = km_cpu_ops(NULL);
 
 	/* aligned_alloc wants a multiple of the alignment, which the layout's pieces are */
-	a.scratch = aligned_alloc(64, (km_mla_scratch_bytes(&a, c->batch.tokens, c->positions_max, 64) + 63) /
-	                                      64 * 64);
+	a.scratch = aligned_alloc(
+		64,
+		(km_mla_scratch_bytes(&a, c->batch.tokens, c->positions_max, 64) + 63) / 64 * 64);
 	KM_ASSERT(a.scratch);
 	if (c->batch.decode_seqs)
 		ops->mla_decode(&a);
