@@ -91,6 +91,30 @@ cudaError_t kk_linear_stream(const kk_linear_args *args, cudaStream_t stream);
 /* Any weight. The same promise. */
 cudaError_t kk_linear_general(const kk_linear_args *args, cudaStream_t stream);
 
+/*
+ * The same for few rows over bf16 weights, all of a block's weights on their way before the
+ * predecessor has ended. x is given as `linear.x`, or made on the way, each block for itself:
+ *   KK_X_NORM  a row of `a`, as kk_norm's
+ *   KK_X_SILU  silu(a) * b, as kk_silu_mul's
+ * A row's result depends on its values alone, and is the same for each way of giving x.
+ */
+enum kk_x_from { KK_X_GIVEN, KK_X_NORM, KK_X_SILU };
+
+typedef struct kk_linear_slab_args {
+	kk_linear_args linear; /* x only when it is given */
+	enum kk_x_from from;
+	const float *a; /* [tokens, a_stride]: what the norm is of; gate */
+	const float *b; /* up [tokens, cols]; for the norm, its weight [cols] */
+	int a_stride;
+	float eps;
+	void *x_out; /* bf16 [tokens, cols], the x that was made; NULL: not wanted */
+	int multiprocessors;
+	int blocks_per_sm, stage_bytes, smem_bytes;
+} kk_linear_slab_args;
+
+bool kk_linear_slab_fits(const km_weight *w, int tokens, enum kk_x_from from);
+cudaError_t kk_linear_slab(const kk_linear_slab_args *args, cudaStream_t stream);
+
 /* to[row, col] = bf16(w[row, col]) */
 cudaError_t kk_dequantize(const km_weight *w, void *to, cudaStream_t stream);
 

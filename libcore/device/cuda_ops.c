@@ -22,7 +22,7 @@ static bool overlaps(const km_cuda *cuda)
  * what the streaming form's 8 do. For fp8 the copy to bf16 comes on top, so the streaming form goes on
  * to the rows that it does in one pass. The general form ends where a copy costs less.
  */
-enum { STREAM_BF16_ROWS = 8, STREAM_FP8_ROWS = 32, GENERAL_ROWS = 8 };
+enum { STREAM_BF16_ROWS = 8, STREAM_FP8_ROWS = 32, GENERAL_ROWS = 8, NORM_ROWS = 2 };
 
 static int most_rows(const km_weight *w)
 {
@@ -35,6 +35,8 @@ enum km_linear_form km_linear_plan(const km_weight *w, int tokens, const km_line
 {
 	bool stream = kk_linear_stream_fits(w);
 
+	if (device->slab && kk_linear_slab_fits(w, tokens, KK_X_GIVEN))
+		return KM_LINEAR_SLAB;
 	if (device->blas && tokens > most_rows(w) && w->cols % 8 == 0)
 		return KM_LINEAR_BLAS;
 	return stream ? KM_LINEAR_STREAM : KM_LINEAR_GENERAL;
@@ -44,6 +46,8 @@ void km_linear_explain(const km_weight *w, const km_linear_device *device, km_bu
 {
 	bool stream = kk_linear_stream_fits(w);
 
+	if (km_linear_plan(w, 1, device) == KM_LINEAR_SLAB)
+		km_buf_puts(out, "slabs up to 8 rows, then ");
 	km_buf_puts(out, stream ? "streaming form" : "general form");
 	if (!stream)
 		km_buf_puts(out, w->type == KM_W_BF16 || w->type == KM_W_FP8
@@ -78,6 +82,7 @@ static int blas(km_cuda *cuda, const km_cuda_linear *a, int i, km_err *err)
 		.x_stride = a->x_stride,
 		.y_stride = w->rows,
 		.y_bf16 = a->y_bf16,
+		.accumulate = a->accumulate,
 	};
 
 	if (w->type != KM_W_BF16) {
@@ -87,14 +92,14 @@ static int blas(km_cuda *cuda, const km_cuda_linear *a, int i, km_err *err)
 	return km_cuda_blas_matmul(cuda, &args, err);
 }
 
-static int ours(km_cuda *cuda, enum km_linear_form form, const km_cuda_linear *a, int from,
-                int count, km_err *err)
+static kk_linear_args ours_of(const km_cuda *cuda, const km_cuda_linear *a, int from, int count)
 {
 	kk_linear_args args = { .x = a->x,
 		                .weights = count,
 		                .tokens = a->tokens,
 		                .x_stride = a->x_stride,
 		                .y_bf16 = a->y_bf16,
+		                .accumulate = a->accumulate,
 		                .pdl = overlaps(cuda) };
 
 	for (int i = 0; i < count; i++) {
@@ -102,24 +107,81 @@ static int ours(km_cuda *cuda, enum km_linear_form form, const km_cuda_linear *a
 		args.y[i] = a->y[from + i];
 		args.y_stride[i] = args.w[i].rows;
 	}
+	return args;
+}
+
+static int slab(km_cuda *cuda, const km_cuda_linear *a, int from, int count, km_err *err)
+{
+	kk_linear_slab_args args = {
+		.linear = ours_of(cuda, a, from, count),
+		.from = a->from == KM_X_NORM   ? KK_X_NORM
+		        : a->from == KM_X_SILU ? KK_X_SILU
+		                               : KK_X_GIVEN,
+		.a = a->a,
+		.b = a->b,
+		.a_stride = a->w[from]->cols,
+		.eps = a->eps,
+		.x_out = a->keep ? a->made : NULL,
+		.multiprocessors = cuda->info.multiprocessors,
+	};
+
+	return checked(kk_linear_slab(&args, cuda->stream), "linear layer", err);
+}
+
+static int ours(km_cuda *cuda, enum km_linear_form form, const km_cuda_linear *a, int from,
+                int count, km_err *err)
+{
+	kk_linear_args args = ours_of(cuda, a, from, count);
+
+	if (form == KM_LINEAR_SLAB)
+		return slab(cuda, a, from, count, err);
 	return checked(form == KM_LINEAR_STREAM ? kk_linear_stream(&args, cuda->stream)
 	                                        : kk_linear_general(&args, cuda->stream),
 	               "linear layer", err);
 }
 
-int km_cuda_ops_linear(km_cuda *cuda, const km_linear_device *device, const km_cuda_linear *a,
+/* Each block of a launch makes all of x for itself: not worth it for many rows of a norm. */
+bool km_cuda_linear_makes_x(const km_cuda_linear *a, const km_linear_device *device)
+{
+	enum kk_x_from from = a->from == KM_X_NORM ? KK_X_NORM : KK_X_SILU;
+
+	for (int i = 0; i < a->weights; i++)
+		if (km_linear_plan(a->w[i], a->tokens, device) != KM_LINEAR_SLAB ||
+		    !kk_linear_slab_fits(a->w[i], a->tokens, from))
+			return false;
+	return a->from == KM_X_SILU || (a->from == KM_X_NORM && a->tokens <= NORM_ROWS);
+}
+
+int km_cuda_ops_make_x(km_cuda *cuda, const km_cuda_linear *a, km_err *err)
+{
+	int cols = a->w[0]->cols;
+	km_cuda_norm norm = { a->a, NULL, a->b, a->made, a->tokens, cols, cols, a->eps };
+
+	if (a->from == KM_X_SILU)
+		return km_cuda_ops_silu_mul(cuda, a->a, a->b, a->made, a->tokens, cols, err);
+	return km_cuda_ops_norm(cuda, &norm, err);
+}
+
+int km_cuda_ops_linear(km_cuda *cuda, const km_linear_device *device, const km_cuda_linear *args,
                        km_err *err)
 {
 	enum km_linear_form form[2];
+	km_cuda_linear a = *args;
 
-	for (int i = 0; i < a->weights; i++)
-		form[i] = km_linear_plan(a->w[i], a->tokens, device);
-	if (a->weights == 2 && form[0] == form[1] && form[0] != KM_LINEAR_BLAS &&
-	    a->w[0]->type == a->w[1]->type)
-		return ours(cuda, form[0], a, 0, 2, err);
-	for (int i = 0; i < a->weights; i++)
-		KM_TRY(form[i] == KM_LINEAR_BLAS ? blas(cuda, a, i, err)
-		                                 : ours(cuda, form[i], a, i, 1, err));
+	for (int i = 0; i < a.weights; i++)
+		form[i] = km_linear_plan(a.w[i], a.tokens, device);
+	if (a.from != KM_X_GIVEN && !km_cuda_linear_makes_x(&a, device)) {
+		KM_TRY(km_cuda_ops_make_x(cuda, &a, err));
+		a.from = KM_X_GIVEN;
+		a.x = a.made;
+		a.x_stride = a.w[0]->cols;
+	}
+	if (a.weights == 2 && form[0] == form[1] && form[0] != KM_LINEAR_BLAS &&
+	    a.w[0]->type == a.w[1]->type)
+		return ours(cuda, form[0], &a, 0, 2, err);
+	for (int i = 0; i < a.weights; i++)
+		KM_TRY(form[i] == KM_LINEAR_BLAS ? blas(cuda, &a, i, err)
+		                                 : ours(cuda, form[i], &a, i, 1, err));
 	return 0;
 }
 

@@ -26,14 +26,16 @@
 /*
  * How a linear layer is computed: by the weight, the number of rows and the device alone.
  *
+ *   SLAB     ours, up to 8 rows, bf16; the norm or the SiLU before it may be part of it
  *   STREAM   ours, bound by the weight's bytes: bf16 and fp8
  *   BLAS     cuBLASLt; a weight that is not bf16 is first made so, in scratch
  *   GENERAL  ours, any weight, slow
  */
-enum km_linear_form { KM_LINEAR_STREAM, KM_LINEAR_BLAS, KM_LINEAR_GENERAL };
+enum km_linear_form { KM_LINEAR_SLAB, KM_LINEAR_STREAM, KM_LINEAR_BLAS, KM_LINEAR_GENERAL };
 
 typedef struct km_linear_device {
 	bool blas; /* cuBLASLt is there */
+	bool slab; /* compute capability 9.0 or later: bulk copies */
 } km_linear_device;
 
 enum km_linear_form km_linear_plan(const km_weight *w, int tokens, const km_linear_device *device);
@@ -43,16 +45,32 @@ void km_linear_explain(const km_weight *w, const km_linear_device *device, km_bu
  * Buffers that linear layers read and write have room for km_linear_rounded(most tokens) rows. */
 int km_linear_rounded(int tokens);
 
-/* y_i = x W_iᵀ, for one or two weights over the same x. */
+/* Where x comes from: given; or made of f32 rows by a norm of `a` with weight b, or as
+ * silu(a) * b. */
+enum km_x_from { KM_X_GIVEN, KM_X_NORM, KM_X_SILU };
+
+/* y_i (+)= x W_iᵀ, for one or two weights over the same x. */
 typedef struct km_cuda_linear {
-	const void *x; /* bf16 [tokens, x_stride] */
+	const void *x; /* bf16 [tokens, x_stride], when it is given */
 	int x_stride;
 	const km_weight *w[2];
 	void *y[2]; /* f32 or bf16 [tokens, w_i.rows] */
 	int weights, tokens;
-	bool y_bf16;
-	void *scratch; /* 2 rows cols bytes, for BLAS over weights that are not bf16 */
+	bool y_bf16, accumulate; /* accumulate: f32 */
+	void *scratch;           /* 2 rows cols bytes, for BLAS over weights that are not bf16 */
+	/* x that is to be made: */
+	enum km_x_from from;
+	float *a;       /* [tokens, cols], only read */
+	const float *b; /* the norm's weight [cols]; up [tokens, cols] */
+	float eps;
+	void *made; /* bf16 [tokens, cols]: room for x, which is there afterwards with `keep` */
+	bool keep;
 } km_cuda_linear;
+
+/* Whether the layer's launch makes x itself; where it does not, km_cuda_ops_linear has another launch
+ * do it first, which is km_cuda_ops_make_x (x is then a->made). */
+bool km_cuda_linear_makes_x(const km_cuda_linear *args, const km_linear_device *device);
+int km_cuda_ops_make_x(km_cuda *cuda, const km_cuda_linear *args, km_err *err);
 
 int km_cuda_ops_linear(km_cuda *cuda, const km_linear_device *device, const km_cuda_linear *args,
                        km_err *err);

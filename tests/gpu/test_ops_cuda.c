@@ -6,7 +6,7 @@
  * that was first made bf16, by 2^-8 of it; a bf16 result by 2^-8 of itself more. Moves are exact.
  * Outputs are NaN before each call. A row's bits are the same in calls of any number of rows, in
  * each form of ours. `test_ops_cuda short` takes few shapes, for runs under a sanitizer; without
- * it, times are printed as well.
+ * it, times are printed as well. A second argument names one test.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -32,7 +32,7 @@
 
 static bool short_run;
 static km_cuda *gpu;
-static km_linear_device with_blas, without_blas;
+static km_linear_device with_blas, without_blas, with_slab;
 static km_err err;
 
 static void must(int rc)
@@ -107,6 +107,7 @@ static const weight_case weight_cases[] = {
 	{ KM_W_F16, 33, 96, 0, 0, 0, KM_F32 },    { KM_W_INT4, 64, 1024, 32, 0, 0, KM_BF16 },
 	{ KM_W_INT4, 19, 256, 64, 0, 0, KM_F16 }, { KM_W_INT4, 9, 72, 24, 0, 0, KM_BF16 },
 };
+enum { SLAB_ROWS = 8 };
 static const int row_counts[] = { 70, 33, 32, 17, 16, 9, 8, 3, 1 };
 enum { MOST_ROWS = 70 };
 
@@ -114,26 +115,26 @@ typedef struct linear_case {
 	km_weight host, device;
 	uint16_t *x;
 	void *x_device, *scratch;
-	double *sum, *size; /* [MOST_ROWS, rows]: the products' sum, and that of their sizes */
+	double *sum, *size; /* [tokens, rows]: the products' sum, and that of their sizes */
 	int x_stride;
 } linear_case;
 
-static void open_linear(linear_case *l, const weight_case *c)
+static void open_linear(linear_case *l, const weight_case *c, int tokens)
 {
 	l->host = op_case_weight(c, 21);
 	l->device = on_device(&l->host);
 	l->x_stride = (c->cols + 15) / 8 * 8;
-	l->x = random_bf16((size_t)(MOST_ROWS * l->x_stride), 22);
-	l->x_device = take((size_t)(km_linear_rounded(MOST_ROWS) * l->x_stride) * 2);
-	must(km_cuda_upload(gpu, l->x_device, l->x, (size_t)(MOST_ROWS * l->x_stride) * 2, &err));
+	l->x = random_bf16((size_t)(tokens * l->x_stride), 22);
+	l->x_device = take((size_t)(km_linear_rounded(tokens) * l->x_stride) * 2);
+	must(km_cuda_upload(gpu, l->x_device, l->x, (size_t)(tokens * l->x_stride) * 2, &err));
 	l->scratch = take((size_t)c->rows * (size_t)c->cols * 2);
-	l->sum = km_xcalloc((size_t)(MOST_ROWS * c->rows), sizeof(double));
-	l->size = km_xcalloc((size_t)(MOST_ROWS * c->rows), sizeof(double));
+	l->sum = km_xcalloc((size_t)(tokens * c->rows), sizeof(double));
+	l->size = km_xcalloc((size_t)(tokens * c->rows), sizeof(double));
 	for (int r = 0; r < c->rows; r++)
 		for (int i = 0; i < c->cols; i++) {
 			double w = op_case_weight_at(&l->host, r, i);
 
-			for (int t = 0; t < MOST_ROWS; t++) {
+			for (int t = 0; t < tokens; t++) {
 				double p = w * (double)km_bf16_to_f32(l->x[t * l->x_stride + i]);
 
 				l->sum[t * c->rows + r] += p;
@@ -197,7 +198,7 @@ static void linear_layers_are_right(void **state)
 		float *all, *some;
 		double worst = 0, blas = 0;
 
-		open_linear(&l, &weight_cases[i]);
+		open_linear(&l, &weight_cases[i], MOST_ROWS);
 		check_linear(&l, &without_blas, MOST_ROWS, false, &all);
 		for (int m = 0; m < COUNT(row_counts); m += short_run ? 3 : 1) {
 			worst = fmax(worst,
@@ -220,6 +221,120 @@ static void linear_layers_are_right(void **state)
 	}
 }
 
+/* Few rows of bf16: as near, and again a row's bits whatever the others, up to 8 rows. */
+static void slabs_are_right(void **state)
+{
+	static const weight_case cases[] = { { KM_W_BF16, 160, 64, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 17, 2080, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 576, 7168, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 7168, 256, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 1536, 1536, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 9000, 1024, 0, 0, 0, KM_F32 } };
+
+	(void)state;
+	for (int i = 0; i < (short_run ? 2 : COUNT(cases)); i++) {
+		size_t mark = km_cuda_mark(gpu);
+		linear_case l;
+		float *all, *some;
+		double worst = 0;
+
+		open_linear(&l, &cases[i], SLAB_ROWS);
+		assert_int_equal(km_linear_plan(&l.device, SLAB_ROWS, &with_slab), KM_LINEAR_SLAB);
+		assert_int_not_equal(km_linear_plan(&l.device, SLAB_ROWS + 1, &with_slab),
+		                     KM_LINEAR_SLAB);
+		worst = check_linear(&l, &with_slab, SLAB_ROWS, false, &all);
+		for (int tokens = 1; tokens < SLAB_ROWS; tokens += tokens == 3 ? 3 : 1) {
+			worst = fmax(worst, check_linear(&l, &with_slab, tokens, false, &some));
+			assert_memory_equal(all, some,
+			                    (size_t)tokens * (size_t)l.host.rows * 4);
+			free(some);
+			check_linear(&l, &with_slab, tokens, true, NULL);
+		}
+		print_message("figure: slabs [%d, %d]: largest error %.2g of the products' sizes\n",
+		              l.host.rows, l.host.cols, worst);
+		free(all);
+		close_linear(&l);
+		km_cuda_rewind(gpu, mark);
+	}
+}
+
+/* A linear layer that makes its x, by form: its result, and x when it is to be kept. */
+static float *made_linear(km_cuda_linear *a, const km_linear_device *device, size_t results,
+                          uint16_t **x)
+{
+	size_t mark = km_cuda_mark(gpu), made = (size_t)(a->tokens * a->w[0]->cols) * 2;
+	float *y, *start = op_case_floats(results, 93);
+
+	a->y[0] = take_copy(start, results * 4);
+	a->made = take(made);
+	a->keep = true;
+	must(km_cuda_ops_linear(gpu, device, a, &err));
+	y = fetch(a->y[0], results * 4);
+	*x = fetch(a->made, made);
+	free(start);
+	km_cuda_rewind(gpu, mark);
+	return y;
+}
+
+/* The norm or the SiLU before a linear layer: by one launch what two give, bit by bit. */
+static void made_case(int rows, int cols, int tokens, enum km_x_from from)
+{
+	size_t mark = km_cuda_mark(gpu), in = (size_t)(tokens * cols),
+	       results = (size_t)km_linear_rounded(tokens) * (size_t)rows;
+	weight_case c = { KM_W_BF16, rows, cols, 0, 0, 0, KM_F32 };
+	km_weight w = op_case_weight(&c, 21), device_w = on_device(&w);
+	float *a = op_case_floats(in, 91), *b = op_case_floats(in, 92), *fused, *plain;
+	km_cuda_linear args = { .w = { &device_w }, .weights = 1, .tokens = tokens,
+		                .accumulate = true, .from = from, .a = take_copy(a, in * 4),
+		                .b = take_copy(b, in * 4), .eps = 1e-5f };
+	km_cuda_linear given = { .w = { &device_w }, .weights = 1, .tokens = tokens,
+		                 .accumulate = true, .x_stride = cols };
+	uint16_t *x, *normed = NULL;
+	float *start = op_case_floats(results, 93);
+
+	fused = made_linear(&args, &with_slab, results, &x);
+	if (from == KM_X_NORM) {
+		km_cuda_norm n = { args.a, NULL, args.b, take(in * 2), tokens, cols, cols, 1e-5f };
+
+		must(km_cuda_ops_norm(gpu, &n, &err));
+		given.x = n.y;
+	} else {
+		given.x = take(in * 2);
+		must(km_cuda_ops_silu_mul(gpu, args.a, args.b, (void *)(uintptr_t)given.x, tokens,
+		                          cols, &err));
+	}
+	normed = fetch(given.x, in * 2);
+	given.y[0] = take_copy(start, results * 4);
+	must(km_cuda_ops_linear(gpu, &with_slab, &given, &err));
+	plain = fetch(given.y[0], results * 4);
+	assert_memory_equal(x, normed, in * 2);
+	assert_memory_equal(fused, plain, (size_t)(tokens * rows) * 4);
+	free(a);
+	free(b);
+	free(start);
+	free(fused);
+	free(plain);
+	free(x);
+	free(normed);
+	op_case_weight_release(&w);
+	km_cuda_rewind(gpu, mark);
+}
+
+static void linear_layers_make_their_x(void **state)
+{
+	(void)state;
+	made_case(100, 512, 1, KM_X_NORM);
+	made_case(100, 160, 2, KM_X_NORM);
+	made_case(300, 256, 3, KM_X_SILU);
+	if (short_run)
+		return;
+	for (int tokens = 1; tokens <= 9; tokens += tokens == 2 ? 6 : 1) {
+		made_case(2112, 7168, tokens, KM_X_NORM);
+		made_case(1536, 1536, tokens, KM_X_NORM);
+		made_case(7168, 256, tokens, KM_X_SILU);
+	}
+}
+
 /* Two weights over one x, in one launch: what each gives alone, bit by bit. */
 static void two_weights_are_each_ones(void **state)
 {
@@ -227,8 +342,9 @@ static void two_weights_are_each_ones(void **state)
 
 	(void)state;
 	for (int i = 0; i < (short_run ? 2 : COUNT(pairs)); i++)
-		for (int tokens = 1; tokens <= 9; tokens += 8) {
+		for (int tokens = 1; tokens <= 9; tokens += 4) {
 			size_t mark = km_cuda_mark(gpu), bytes[2];
+			const km_linear_device *device = tokens == 5 ? &with_slab : &without_blas;
 			weight_case c[2] = { weight_cases[pairs[i][0]], weight_cases[pairs[i][1]] };
 			linear_case l[2];
 			void *y[2];
@@ -236,18 +352,18 @@ static void two_weights_are_each_ones(void **state)
 
 			c[1].rows += 24;
 			for (int k = 0; k < 2; k++) {
-				open_linear(&l[k], &c[k]);
+				open_linear(&l[k], &c[k], tokens);
 				bytes[k] = (size_t)(tokens * c[k].rows) * 4;
 				args.w[k] = &l[k].device;
 				args.y[k] = y[k] = take(bytes[k]);
 			}
 			args.x = l[0].x_device;
 			args.x_stride = l[0].x_stride;
-			must(km_cuda_ops_linear(gpu, &without_blas, &args, &err));
+			must(km_cuda_ops_linear(gpu, device, &args, &err));
 			for (int k = 0; k < 2; k++) {
 				float *both = fetch(y[k], bytes[k]), *alone;
 
-				check_linear(&l[k], &without_blas, tokens, false, &alone);
+				check_linear(&l[k], device, tokens, false, &alone);
 				assert_memory_equal(both, alone, bytes[k]);
 				free(both);
 				free(alone);
@@ -517,11 +633,11 @@ static void times_of_linear_layers(void **state)
 
 				if (s->rows[0] > 100000 && (fp8 || tokens[m] == 64))
 					continue;
-				ours = time_linear(s, pool, x, y, tokens[m], fp8, &without_blas);
+				ours = time_linear(s, pool, x, y, tokens[m], fp8, &with_slab);
 				if (with_blas.blas && !fp8) {
-					km_linear_device only = { true };
+					km_linear_device only = { .blas = true };
 
-					blas = tokens[m] > 32 ? time_linear(s, pool, x, y,
+					blas = tokens[m] > 8 ? time_linear(s, pool, x, y,
 					                                    tokens[m], false, &only)
 					                      : 0;
 				}
@@ -539,6 +655,8 @@ int main(int argc, char **argv)
 {
 	static const struct CMUnitTest all[] = {
 		cmocka_unit_test(linear_layers_are_right),
+		cmocka_unit_test(slabs_are_right),
+		cmocka_unit_test(linear_layers_make_their_x),
 		cmocka_unit_test(two_weights_are_each_ones),
 		cmocka_unit_test(weights_become_bf16),
 		cmocka_unit_test(norms_are_right),
@@ -549,6 +667,8 @@ int main(int argc, char **argv)
 	int rc;
 
 	short_run = argc > 1 && !strcmp(argv[1], "short");
+	if (argc > 2)
+		cmocka_set_test_filter(argv[2]);
 	if (!km_cuda_count(&err)) {
 		printf("skip: %s\n", err.msg);
 		return 0;
@@ -557,6 +677,7 @@ int main(int argc, char **argv)
 		printf("%s\n", err.msg);
 		return 1;
 	}
+	with_slab.slab = true;
 	with_blas.blas = !short_run && km_cuda_blas_open(gpu, &err) >= 0;
 	if (!short_run && !with_blas.blas)
 		printf("skip: %s\n", err.msg);
