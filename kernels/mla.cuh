@@ -80,6 +80,25 @@ __device__ __forceinline__ float mla_high(uint32_t pair)
 	return __uint_as_float(pair & 0xffff0000u);
 }
 
+/* Two e4m3 in the high bytes of each half: shifted into bf16's fields they are 2^-120 of what they
+ * were. */
+__device__ __forceinline__ uint32_t mla_widen_pair(uint32_t high_bytes)
+{
+	uint32_t v = (high_bytes & 0x80008000u) | (high_bytes >> 4 & 0x07f007f0u);
+	__nv_bfloat162 up =
+		__halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));
+	__nv_bfloat162 wide = __hmul2(*(__nv_bfloat162 *)&v, up);
+
+	return *(uint32_t *)&wide;
+}
+
+__device__ __forceinline__ uint4 mla_widen8(uint32_t lo, uint32_t hi)
+{
+	return make_uint4(
+		mla_widen_pair(__byte_perm(lo, 0, 0x1404)), mla_widen_pair(__byte_perm(lo, 0, 0x3424)),
+		mla_widen_pair(__byte_perm(hi, 0, 0x1404)), mla_widen_pair(__byte_perm(hi, 0, 0x3424)));
+}
+
 /* A rotated pair, as bf16. */
 __device__ __forceinline__ uint32_t mla_rotate(uint32_t pair, float cosine, float sine)
 {

@@ -65,6 +65,12 @@ typedef struct kk_mla_decode_args {
 	float *partial; /* [seqs, heads, splits, kv_lora_rank]: runs' weighted sums of latents */
 	float *stats;   /* [seqs, heads, splits, 2]: largest score (base 2), sum of weights */
 	void *out;      /* bf16 [seqs, heads, v_dim] */
+	/* kk_mla_decode_cluster only: what kk_rope_kv would do for these rows; NULL: it has */
+	const float *kv_a; /* [seqs, kv_a_stride] */
+	const float *norm; /* [kv_lora_rank] */
+	const int32_t *slots;
+	int kv_a_stride;
+	float eps;
 	bool pdl;
 } kk_mla_decode_args;
 
@@ -73,6 +79,10 @@ typedef struct kk_mla_decode_args {
 cudaError_t kk_mla_absorb(const kk_mla_decode_args *args, cudaStream_t stream);
 cudaError_t kk_mla_attend(const kk_mla_decode_args *args, cudaStream_t stream);
 cudaError_t kk_mla_combine(const kk_mla_decode_args *args, cudaStream_t stream);
+/* All three in one launch, a cluster of 16 blocks a row: 8 heads, and no scratch. It reads lengths,
+ * pages and all cached tokens but the last before it has waited: what wrote those must be complete
+ * before its predecessor begins. */
+cudaError_t kk_mla_decode_cluster(const kk_mla_decode_args *args, cudaStream_t stream);
 /* Any shape. `splits` is 1. */
 cudaError_t kk_mla_absorb_general(const kk_mla_decode_args *args, cudaStream_t stream);
 cudaError_t kk_mla_attend_general(const kk_mla_decode_args *args, cudaStream_t stream);

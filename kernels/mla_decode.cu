@@ -212,25 +212,6 @@ __device__ __forceinline__ void fetch_piece(fetch_fp8 &f, int k)
 	f.v[k] = f.from ? ptx_load_stream(f.from + k * 64) : make_uint4(0, 0, 0, 0);
 }
 
-/* Two e4m3 in the high bytes of each half: shifted into bf16's fields they are 2^-120 of what they
- * were. */
-__device__ __forceinline__ uint32_t widen_pair(uint32_t high_bytes)
-{
-	uint32_t v = (high_bytes & 0x80008000u) | (high_bytes >> 4 & 0x07f007f0u);
-	__nv_bfloat162 up =
-		__halves2bfloat162(__ushort_as_bfloat16(0x7b80), __ushort_as_bfloat16(0x7b80));
-	__nv_bfloat162 wide = __hmul2(*(__nv_bfloat162 *)&v, up);
-
-	return *(uint32_t *)&wide;
-}
-
-__device__ __forceinline__ uint4 widen8(uint32_t lo, uint32_t hi)
-{
-	return make_uint4(
-		widen_pair(__byte_perm(lo, 0, 0x1404)), widen_pair(__byte_perm(lo, 0, 0x3424)),
-		widen_pair(__byte_perm(hi, 0, 0x1404)), widen_pair(__byte_perm(hi, 0, 0x3424)));
-}
-
 __device__ __forceinline__ void produce_fp8(const kk_mla_decode_args &a, const attend_run &r,
                                             char *smem, uint32_t address, int thread)
 {
@@ -254,8 +235,8 @@ __device__ __forceinline__ void produce_fp8(const kk_mla_decode_args &a, const a
 		for (int k = 0; k < FP8_PIECES; k++) {
 			uint4 v = f.v[k];
 
-			*(uint4 *)(to + k * COLUMN_BYTES) = widen8(v.x, v.y);
-			*(uint4 *)(to + k * COLUMN_BYTES + odd) = widen8(v.z, v.w);
+			*(uint4 *)(to + k * COLUMN_BYTES) = mla_widen8(v.x, v.y);
+			*(uint4 *)(to + k * COLUMN_BYTES + odd) = mla_widen8(v.z, v.w);
 			fetch_piece(f, k);
 		}
 		ptx_fence_async();

@@ -469,6 +469,15 @@ __device__ __forceinline__ void ptx_load_matrices(uint32_t (&d)[4], uint32_t add
 	             : "memory");
 }
 
+/* The same, each matrix transposed. */
+__device__ __forceinline__ void ptx_load_matrices_down(uint32_t (&d)[4], uint32_t address)
+{
+	asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+	             : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+	             : "r"(address)
+	             : "memory");
+}
+
 /* (a & mask) | bits */
 __device__ __forceinline__ uint32_t ptx_and_or(uint32_t a, uint32_t mask, uint32_t bits)
 {

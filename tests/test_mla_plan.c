@@ -57,12 +57,17 @@ static void test_splits(void **state)
 	assert_in_range(km_mla_plan_decode(&s, 128, 8192, &h100).splits, 1, 1);
 	s.heads = 8;
 	assert_int_equal(km_mla_plan_decode(&s, 1, 1024, &h100).v_blocks, 4);
+	assert_true(km_mla_plan_decode(&s, 1, 1024, &h100).cluster);
+	assert_false(km_mla_plan_decode(&s, 16, 1024, &h100).cluster);
+	assert_false(km_mla_plan_decode(&s, 1, 8192, &h100).cluster);
+	s.heads = 64;
+	assert_false(km_mla_plan_decode(&s, 1, 1024, &h100).cluster);
 }
 
 static void test_layout(void **state)
 {
 	km_mla_shape s = k2_shape(3);
-	km_mla_decode_plan p = { true, 5, 1 };
+	km_mla_decode_plan p = { true, 5, 1, false };
 	km_mla_decode_scratch at;
 
 	(void)state;

@@ -29,8 +29,12 @@ int km_cuda_mla_decode(km_cuda *cuda, const km_mla_decode_plan *p, const km_mla_
 		.scale = b->scale, .q = b->q, .kv_b = b->kv_b, .cos_sin = b->cos_sin,
 		.positions = b->positions, .kv_len = b->kv_len, .pages = b->cache.pages,
 		.cache = b->cache.data, .out = b->out, .pdl = cuda->info.capability >= 90,
+		.kv_a = b->kv_a, .norm = b->norm, .slots = b->slots,
+		.kv_a_stride = s->kv_lora_rank + s->rope_dim, .eps = b->eps,
 	};
 
+	if (p->cluster)
+		return check(kk_mla_decode_cluster(&a, cuda->stream), "MLA decode", s, err);
 	km_mla_decode_layout(s, p, seqs, &at);
 	a.query = scratch + at.query;
 	a.partial = (float *)(scratch + at.partial);

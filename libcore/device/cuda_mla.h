@@ -28,6 +28,12 @@ typedef struct km_mla_decode_buffers {
 	void *scratch;            /* km_mla_decode_layout */
 	void *out;                /* bf16 [seqs, heads, v_dim] */
 	float scale;
+	/* For a plan with `cluster`: the rows' KV, which it then normalises, rotates and writes to
+	 * the cache as km_cuda_ops_rope_kv would; NULL: that has been done. */
+	const float *kv_a;    /* [seqs, kv_lora_rank + rope_dim] */
+	const float *norm;    /* [kv_lora_rank] */
+	const int32_t *slots; /* [seqs] */
+	float eps;
 } km_mla_decode_buffers;
 
 /* The first `seqs` sequences of a step, a row each: absorbed query, attention, W_vc of the

@@ -53,6 +53,12 @@ static int choose_v_blocks(int heads, int seqs, int multiprocessors)
 	return v_blocks;
 }
 
+/*
+ * One launch, a cluster of 16 blocks a row, for the 8 heads of a slice: it wins where a chain of
+ * latencies is all there is. The GPU holds seven such clusters at a time or so.
+ */
+enum { CLUSTER_HEADS = 8, CLUSTER_SEQS = 6, CLUSTER_CONTEXT = 1024 };
+
 km_mla_decode_plan km_mla_plan_decode(const km_mla_shape *shape, int seqs, int max_context,
                                       const km_mla_device *device)
 {
@@ -65,6 +71,8 @@ km_mla_decode_plan km_mla_plan_decode(const km_mla_shape *shape, int seqs, int m
 	p.splits = choose_splits(seqs * ceil_div(shape->heads, HEADS_OF_BLOCK),
 	                         ceil_div(max_context, KM_MLA_TILE), device->multiprocessors);
 	p.v_blocks = choose_v_blocks(shape->heads, seqs, device->multiprocessors);
+	p.cluster = shape->heads == CLUSTER_HEADS && seqs <= CLUSTER_SEQS &&
+	            max_context <= CLUSTER_CONTEXT;
 	return p;
 }
 

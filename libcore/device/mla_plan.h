@@ -34,6 +34,7 @@ typedef struct km_mla_decode_plan {
 	bool tensor;
 	int splits;   /* runs of a sequence, at least 1 */
 	int v_blocks; /* blocks that share a head's rows of kv_b in the last launch: 1, 2 or 4 */
+	bool cluster; /* one launch, which has no use for splits, v_blocks and scratch */
 } km_mla_decode_plan;
 
 /* For steps of `seqs` sequences of up to `max_context` cached tokens. */

@@ -255,7 +255,7 @@ static void bench_splits(int seqs, int context, int heads, bool fp8, int splits)
 	size_t mark = km_cuda_mark(gpu);
 
 	for (int v_blocks = 1; v_blocks <= 4; v_blocks *= 2) {
-		km_mla_decode_plan plan = { true, splits, v_blocks };
+		km_mla_decode_plan plan = { true, splits, v_blocks, false };
 
 		make_sets(&b, &plan);
 		printf("splits: %d x %d, %d heads, %s: splits %d, v_blocks %d: attend %.2f, "

@@ -23,6 +23,7 @@
 #include "base/mem.h"
 #include "base/rng.h"
 #include "device/cuda_mla.h"
+#include "device/cuda_ops.h"
 #include "device/cuda_state.h"
 #include "format/dtype.h"
 #include "mla.h"
@@ -237,7 +238,7 @@ static void decode_case(int seqs, int heads, int longest, int page, bool fp8)
 	int past[MAX_SEQS], rows[MAX_SEQS];
 	mla_case_step step = { seqs, seqs, page, past, rows, 1 };
 	km_mla_shape shape = k2_shape(heads, fp8);
-	km_mla_decode_plan plan, general = { false, 1, 1 };
+	km_mla_decode_plan plan, general = { false, 1, 1, false };
 	double worst = 0, e;
 	rig r;
 
@@ -250,7 +251,13 @@ static void decode_case(int seqs, int heads, int longest, int page, bool fp8)
 		for (int i = 0; i < COUNT(other); i++) {
 			plan.splits = other[i][0];
 			plan.v_blocks = other[i][1];
+			plan.cluster = false;
 			e = check_decode(&r, &plan, "decode");
+			worst = e > worst ? e : worst;
+		}
+		if (heads == 8) {
+			plan.cluster = true;
+			e = check_decode(&r, &plan, "decode, cluster");
 			worst = e > worst ? e : worst;
 		}
 	}
@@ -267,6 +274,7 @@ static void test_decode(void **state)
 	decode_case(1, 8, 130, 16, false);
 	decode_case(1, 64, 77, 16, true);
 	decode_case(5, 3, 200, 7, false);
+	decode_case(2, 8, 99, 16, true);
 	if (short_run)
 		return;
 	decode_case(2, 64, 1024, 64, false);
@@ -276,6 +284,72 @@ static void test_decode(void **state)
 	decode_case(33, 8, 4096, 16, true);
 	decode_case(70, 64, 1500, 16, false);
 	decode_case(2, 8, 4001, 256, false);
+}
+
+/* The cluster form writes this step's rows as rope_kv does, and goes on from the same bits. */
+static void rows_case(int seqs, int longest, bool fp8)
+{
+	int past[MAX_SEQS], rows[MAX_SEQS];
+	int32_t slots[MAX_SEQS];
+	mla_case_step step = { seqs, seqs, 16, past, rows, 1 };
+	km_mla_shape shape = k2_shape(8, fp8);
+	km_mla_decode_plan plan = { .tensor = true, .splits = 1, .v_blocks = 1, .cluster = true };
+	km_cuda_rope_kv rope = { .tokens = seqs, .q_from = seqs, .shape = shape, .eps = 1e-5f };
+	float *kv_a = km_xreallocarray(NULL, (size_t)seqs * 576, sizeof(float));
+	void *got[2], *cache[2];
+	float norm[512];
+	rig r;
+
+	decode_lengths(past, rows, seqs, longest, 17);
+	rig_open(&r, &shape, &step, 23);
+	for (int i = 0; i < seqs * 576; i++)
+		kv_a[i] = km_rng_normal(31, (uint64_t)i);
+	for (int i = 0; i < 512; i++)
+		norm[i] = 1 + 0.1f * km_rng_normal(32, (uint64_t)i);
+	for (int i = 0; i < seqs; i++)
+		slots[i] = r.c.pages[i * r.c.batch.pages_per_seq + past[i] / 16] * 16 + past[i] % 16;
+	r.d.kv_a = rope.kv_a = take_copy(kv_a, (size_t)seqs * 576 * 4);
+	r.d.norm = rope.norm = take_copy(norm, sizeof(norm));
+	r.d.slots = rope.slots = take_copy(slots, (size_t)seqs * 4);
+	r.d.eps = rope.eps;
+	rope.cos_sin = r.d.cos_sin;
+	rope.positions = r.positions;
+	rope.cache = r.cache;
+	for (int i = 0; i < 2; i++) {
+		must(km_cuda_upload(gpu, r.cache, r.c.cache, r.cache_bytes, &err));
+		must(km_cuda_fill(gpu, r.out, POISON, r.out_bytes, &err));
+		if (i)
+			must(km_cuda_ops_rope_kv(gpu, &rope, &err));
+		r.d.kv_a = i ? NULL : rope.kv_a;
+		decode(&r, &plan, seqs);
+		got[i] = fetch(r.out, r.out_bytes);
+		cache[i] = fetch(r.cache, r.cache_bytes);
+	}
+	assert_memory_equal(cache[0], cache[1], r.cache_bytes);
+	assert_memory_equal(got[0], got[1], r.out_bytes);
+	assert_true(memcmp(cache[0], r.c.cache, r.cache_bytes) != 0);
+	for (int i = 0; i < 2; i++) {
+		free(got[i]);
+		free(cache[i]);
+	}
+	free(kv_a);
+	rig_close(&r);
+}
+
+static void test_decode_rows(void **state)
+{
+	km_mla_shape shape = k2_shape(8, false);
+	km_mla_device d = device();
+
+	(void)state;
+	if (!km_mla_tensor_fits(&shape, &d))
+		skip();
+	rows_case(3, 150, false);
+	rows_case(2, 70, true);
+	if (short_run)
+		return;
+	rows_case(5, 2500, false);
+	rows_case(6, 1100, true);
 }
 
 /* Small models' shapes: the general forms. */
@@ -310,7 +384,7 @@ static void alone_case(int longest, int splits, int v_blocks)
 	mla_case_step step = { seqs, seqs, 16, past, rows, 1 };
 	km_mla_shape shape = k2_shape(short_run ? 3 : 20, false);
 	size_t row = (size_t)(shape.heads * shape.v_dim) * 2;
-	km_mla_decode_plan plan = { true, splits, v_blocks };
+	km_mla_decode_plan plan = { true, splits, v_blocks, false };
 	uint16_t *all;
 	rig r;
 
@@ -351,7 +425,7 @@ static void test_decode_alone(void **state)
 }
 
 /* One graph, three sets of lengths; a row of no cached tokens is zeros. */
-static void graph_case(bool tensor)
+static void graph_case(bool tensor, bool cluster)
 {
 	enum { SEQS = 4 };
 	static const int lengths[][SEQS] = { { 900, 1, 64, 65 },
@@ -361,7 +435,7 @@ static void graph_case(bool tensor)
 	mla_case_step step = { SEQS, SEQS, 16, past, rows, 1 };
 	km_mla_shape shape = tensor ? k2_shape(8, true) : (km_mla_shape){ 4, 16, 8, 16, 32, false };
 	size_t row = (size_t)(shape.heads * shape.v_dim);
-	km_mla_decode_plan plan = { tensor, tensor ? 6 : 1, 4 };
+	km_mla_decode_plan plan = { tensor, tensor ? 6 : 1, 4, cluster };
 	km_mla_decode_scratch at;
 	km_cuda_graph *graph = NULL;
 	rig r;
@@ -400,9 +474,11 @@ static void test_decode_graph(void **state)
 	km_mla_device d = device();
 
 	(void)state;
-	graph_case(false);
-	if (km_mla_tensor_fits(&shape, &d))
-		graph_case(true);
+	graph_case(false, false);
+	if (!km_mla_tensor_fits(&shape, &d))
+		return;
+	graph_case(true, false);
+	graph_case(true, true);
 }
 
 /* kv = latents[:, :lora] kv_bᵀ of a wave's tokens, rounded to bf16. */
@@ -777,7 +853,7 @@ static void test_rope_kv(void **state)
 static void test_refused(void **state)
 {
 	km_mla_shape shape = k2_shape(4, false);
-	km_mla_decode_plan plan = { true, 1, 1 };
+	km_mla_decode_plan plan = { true, 1, 1, false };
 	km_mla_decode_buffers none = { .cache = { .page_size = 16 } };
 
 	(void)state;
@@ -795,6 +871,7 @@ int main(int argc, char **argv)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_rope_kv), cmocka_unit_test(test_decode_small),
 		cmocka_unit_test(test_decode), cmocka_unit_test(test_decode_alone),
+		cmocka_unit_test(test_decode_rows),
 		cmocka_unit_test(test_decode_graph), cmocka_unit_test(test_prefill),
 		cmocka_unit_test(test_mixed), cmocka_unit_test(test_refused),
 	};

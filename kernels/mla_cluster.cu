@@ -1,0 +1,515 @@
+/*
+ * MLA decode for 8 heads and short contexts in one launch: a cluster of 16 blocks a row.
+ *
+ * ROOFLINE
+ *   1,024 cached tokens of 1,152 bytes and 2.1 MB of kv_b: 1 us on H100. What counts is the chain:
+ *   query, absorbed query, scores, weights, sums, result, each of which needs all of the one before.
+ *
+ * LADDER
+ *   three launches  mla_absorb.cu, mla_decode.cu: any length, any number of rows
+ *   here            us on H100, launches overlapping, cold: 1 row of 1,024 tokens 6.7 (three launches
+ *                   12), 4 rows 9.0; with this step's KV 7.2 and 9.4 (with rope_kv's launch 14 and 15). A
+ *                   tile more in a block costs 3.5, so 2,048 tokens, 10.2, belong to the three
+ *                   launches.
+ *
+ * Block r of the 16 has head r / 2 for the products with kv_b: of W_kc half the columns, in registers,
+ * of W_vc half the values, in shared memory, both on their way before the predecessor has ended; and
+ * every block has its run of the cached tokens, all heads of it, the first tile fetched as early but for
+ * this step's row. Two exchanges, by stores that count themselves in (inbox.cuh): each block's share of
+ * the absorbed queries goes to all, each block's sums for a head go to the two that have it. Products
+ * are mma.sync with the heads as the eight columns: scores tokens x heads, sums latents x heads.
+ *
+ * Where kv_a is given, the block that has a row's last token makes that row of the cache: rope_kv.cu's
+ * work, in its order, to memory and to the tile.
+ *
+ * RULES
+ *   Order: W_kc's rows in 8 runs of 16, added up by rising run; scores in two halves of the columns;
+ *   weights by lane (tokens i, i + 32), then a butterfly; tiles of 64 tokens by rising token; the 16
+ *   blocks' sums by rising block; W_vc's columns 16 to a lane, then a butterfly. A row depends on its
+ *   length only.
+ */
+#include <math_constants.h>
+
+#include "inbox.cuh"
+#include "mla_decode.cuh"
+
+enum {
+	BLOCKS = 16,
+	HEADS = 8,
+	WARPS = 8,
+	THREADS = 32 * WARPS,
+	HALF = LATENT / 2, /* columns of W_kc a block has */
+	VALUES = VALUE / 2,
+	PITCH = WIDTH + 8, /* rows spread over the banks */
+	SUM_PITCH = LATENT + 4,
+};
+static_assert(HALF == THREADS && TILE == 64, "a column a thread");
+
+struct cluster_smem {
+	alignas(128) __nv_bfloat16 w_vc[VALUES][LATENT];
+	alignas(16) float4 inbox_sum[BLOCKS][LATENT / 4];
+	alignas(16) float4 inbox_stat[BLOCKS]; /* largest score (base 2), sum of weights */
+	alignas(16) __nv_bfloat16 query[HEADS][PITCH];
+	union {
+		alignas(16) __nv_bfloat16 tile[TILE][PITCH];
+		alignas(16) float sum[HEADS][SUM_PITCH];
+	};
+	alignas(16) float absorbed[WARPS][HALF];
+	alignas(16) __nv_bfloat16 share[HALF]; /* of the absorbed query */
+	alignas(16) __nv_bfloat16 fresh[WIDTH];
+	alignas(16) __nv_bfloat16 weight[HEADS][TILE + 8];
+	alignas(16) float score[2][TILE][HEADS + 1];
+	alignas(16) float latent[LATENT];
+	float head_q[NOPE], rescale[HEADS], largest[HEADS], total[HEADS];
+	uint64_t values_full, queries, sums; /* barriers */
+};
+
+struct cluster_run {
+	int seq, rank, head, half, context, from, to; /* tiles */
+	int last;                                     /* the row that this step adds */
+};
+
+__device__ __forceinline__ void load_w_kc(uint4 (&w)[NOPE / WARPS], const kk_mla_decode_args &a,
+                                          const cluster_run &r, int warp, int lane)
+{
+	const __nv_bfloat16 *from =
+		(const __nv_bfloat16 *)a.kv_b +
+		((size_t)r.head * (NOPE + VALUE) + warp * (NOPE / WARPS)) * LATENT + r.half * HALF +
+		lane * 8;
+
+#pragma unroll
+	for (int i = 0; i < NOPE / WARPS; i++)
+		w[i] = ptx_load_stream(from + (size_t)i * LATENT);
+}
+
+/* Thread 4 i + j: pieces j, j + 4, ... of 16 bytes of token i. `late`: only this step's row; else all
+ * others. */
+__device__ __forceinline__ void fetch_tile(cluster_smem *m, const kk_mla_decode_args &a,
+                                           const cluster_run &r, int tile, bool late)
+{
+	int i = (int)threadIdx.x / 4, j = (int)threadIdx.x % 4, token = tile * TILE + i;
+	bool there = token < r.context;
+	size_t slot = 0;
+
+	if ((token == r.last) != late)
+		return;
+	if (there)
+		slot = mla_slot(a.pages + (size_t)r.seq * a.pages_per_seq, a.page_size, token);
+	if (a.shape.fp8) {
+		const char *from = (const char *)a.cache + slot * WIDTH;
+
+#pragma unroll
+		for (int k = 0; k < WIDTH / 64; k++) {
+			uint4 v = there ? ptx_load_fresh(from + (k * 4 + j) * 16)
+			                : make_uint4(0, 0, 0, 0);
+			uint4 *to = (uint4 *)&m->tile[i][(k * 4 + j) * 16];
+
+			to[0] = mla_widen8(v.x, v.y);
+			to[1] = mla_widen8(v.z, v.w);
+		}
+		return;
+	}
+#pragma unroll
+	for (int k = 0; k < WIDTH / 32; k++)
+		ptx_copy_async(ptx_shared_address(&m->tile[i][(k * 4 + j) * 8]),
+		               (const char *)a.cache + slot * (WIDTH * 2) + (k * 4 + j) * 16, there);
+}
+
+/* This step's row, by one warp, in rope_kv.cu's order: to the cache and to `fresh`. */
+__device__ __forceinline__ void put_eight(cluster_smem *m, const kk_mla_decode_args &a, int slot,
+                                          int at, const float (&v)[8])
+{
+	uint4 wide = make_uint4(mla_pack(v[0], v[1]), mla_pack(v[2], v[3]), mla_pack(v[4], v[5]),
+	                        mla_pack(v[6], v[7]));
+
+	if (a.shape.fp8) {
+		uint32_t word[2] = {};
+
+#pragma unroll
+		for (int i = 0; i < 8; i++)
+			word[i / 4] |=
+				(uint32_t)__nv_cvt_float_to_fp8(v[i], __NV_SATFINITE, __NV_E4M3)
+				<< i % 4 * 8;
+		wide = mla_widen8(word[0], word[1]);
+		if (slot >= 0)
+			*(uint2 *)((char *)a.cache + (size_t)slot * WIDTH + at) =
+				make_uint2(word[0], word[1]);
+	} else if (slot >= 0) {
+		*(uint4 *)((__nv_bfloat16 *)a.cache + (size_t)slot * WIDTH + at) = wide;
+	}
+	*(uint4 *)&m->fresh[at] = wide;
+}
+
+__device__ __forceinline__ void make_row(cluster_smem *m, const kk_mla_decode_args &a,
+                                         const cluster_run &r, int lane)
+{
+	const float *latent = a.kv_a + (size_t)r.seq * a.kv_a_stride, *k_pe = latent + LATENT;
+	const float *turn = a.cos_sin + (size_t)a.positions[r.seq] * ROPE;
+	int slot = a.slots[r.seq];
+	float4 x[4], w[4];
+	float sum = 0.0f, v[8];
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) { /* rope_kv's order of the sum: four of each 128 */
+		float4 y = __ldcg((const float4 *)(latent + lane * 4 + i * 128));
+
+		sum += y.x * y.x;
+		sum += y.y * y.y;
+		sum += y.z * y.z;
+		sum += y.w * y.w;
+	}
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		int c = i / 2 * 256 + lane * 8 + i % 2 * 4;
+
+		x[i] = __ldcg((const float4 *)(latent + c));
+		w[i] = *(const float4 *)(a.norm + c);
+	}
+	float factor = 1.0f / sqrtf(mla_sum_lanes(sum) / (float)LATENT + a.eps);
+#pragma unroll
+	for (int h = 0; h < 2; h++) {
+#pragma unroll
+		for (int i = 0; i < 8; i++)
+			v[i] = (&x[2 * h + i / 4].x)[i % 4] * factor * (&w[2 * h + i / 4].x)[i % 4];
+		put_eight(m, a, slot, h * 256 + lane * 8, v);
+	}
+	if (lane >= ROPE / 8)
+		return;
+#pragma unroll
+	for (int i = 0; i < 8; i += 2) {
+		float cosine = turn[(lane * 8 + i) / 2], sine = turn[(lane * 8 + i + ROPE) / 2];
+		float first = __ldcg(k_pe + lane * 8 + i), second = __ldcg(k_pe + lane * 8 + i + 1);
+
+		v[i] = first * cosine - second * sine;
+		v[i + 1] = second * cosine + first * sine;
+	}
+	put_eight(m, a, slot, LATENT + lane * 8, v);
+}
+
+/* The head's query for the product with W_kc, and every head's rotated part. */
+__device__ __forceinline__ void load_query(cluster_smem *m, const kk_mla_decode_args &a,
+                                           const cluster_run &r, int warp, int lane)
+{
+	const __nv_bfloat16 *q = (const __nv_bfloat16 *)a.q + (size_t)r.seq * HEADS * (NOPE + ROPE);
+	const float *turn = a.cos_sin + (size_t)a.positions[r.seq] * ROPE + lane;
+	uint32_t pair = __ldcg((const unsigned *)(q + warp * (NOPE + ROPE) + NOPE) + lane);
+
+	if (warp == 0) {
+		uint2 v = __ldcg((const uint2 *)(q + r.head * (NOPE + ROPE)) + lane);
+
+		m->head_q[lane * 4] = mla_low(v.x);
+		m->head_q[lane * 4 + 1] = mla_high(v.x);
+		m->head_q[lane * 4 + 2] = mla_low(v.y);
+		m->head_q[lane * 4 + 3] = mla_high(v.y);
+	}
+	*(uint32_t *)&m->query[warp][LATENT + lane * 2] = mla_rotate(pair, turn[0], turn[ROPE / 2]);
+}
+
+/* This block's columns of its head's absorbed query, to every block of the cluster. */
+__device__ __forceinline__ void absorb_and_send(cluster_smem *m, const uint4 (&w)[NOPE / WARPS],
+                                                const cluster_run &r, int warp, int lane)
+{
+	int thread = (int)threadIdx.x;
+	float sum[8] = {}, all = 0.0f;
+
+#pragma unroll
+	for (int i = 0; i < NOPE / WARPS; i++) {
+		float q = m->head_q[warp * (NOPE / WARPS) + i];
+		const uint32_t word[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+
+#pragma unroll
+		for (int k = 0; k < 4; k++) {
+			sum[2 * k] += q * mla_low(word[k]);
+			sum[2 * k + 1] += q * mla_high(word[k]);
+		}
+	}
+	float4 *to = (float4 *)&m->absorbed[warp][lane * 8];
+	to[0] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+	to[1] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+	__syncthreads(); /* the warps' sums are written */
+#pragma unroll
+	for (int k = 0; k < WARPS; k++)
+		all += m->absorbed[k][thread];
+	m->share[thread] = __float2bfloat16_rn(all);
+	__syncthreads();    /* the share is written */
+	ptx_cluster_wait(); /* every block runs, and has opened its inboxes */
+#pragma unroll
+	for (int k = 0; k < BLOCKS * (HALF / 8) / THREADS; k++) {
+		int i = k * THREADS + thread, rank = i / (HALF / 8), piece = i % (HALF / 8);
+
+		inbox_send(ptx_cluster_address(&m->query[r.head][r.half * HALF + piece * 8], rank),
+		           ptx_cluster_address(&m->queries, rank),
+		           *(const float4 *)&m->share[piece * 8]);
+	}
+}
+
+/* scores of 16 tokens and 8 heads, over half the columns */
+__device__ __forceinline__ void score_tile(cluster_smem *m, int warp, int lane)
+{
+	constexpr int STEPS = WIDTH / 16 / 2;
+	int part = warp / 4, first = warp % 4 * 16, g = lane / 4, t = lane % 4;
+	uint32_t rows = ptx_shared_address(
+		&m->tile[first + lane % 16][part * STEPS * 16 + lane / 16 * 8]);
+	const __nv_bfloat16 *q = &m->query[g][part * STEPS * 16 + t * 2];
+	float d[2][4] = {};
+
+#pragma unroll 6
+	for (int k = 0; k < STEPS; k++) {
+		uint32_t a[4];
+
+		ptx_load_matrices(a, rows + k * 32);
+		ptx_mma_bf16(d[k % 2], a[0], a[1], a[2], a[3], *(const uint32_t *)(q + k * 16),
+		             *(const uint32_t *)(q + k * 16 + 8));
+	}
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		m->score[part][first + g + i / 2 * 8][t * 2 + i % 2] = d[0][i] + d[1][i];
+}
+
+/* A warp's head: weights of the tile's tokens, the largest score so far, the weights' sum. */
+__device__ __forceinline__ void weigh_tile(cluster_smem *m, const cluster_run &r, int tile,
+                                           float to_base2, float &largest, float &total, int head,
+                                           int lane)
+{
+	float s[2], most, p[2];
+
+#pragma unroll
+	for (int i = 0; i < 2; i++) {
+		int token = lane + 32 * i;
+
+		s[i] = (m->score[0][token][head] + m->score[1][token][head]) * to_base2;
+		if (tile * TILE + token >= r.context)
+			s[i] = -CUDART_INF_F;
+	}
+	most = fmaxf(largest, mla_max_lanes(fmaxf(s[0], s[1])));
+	float rescale = ptx_ex2(largest - most);
+#pragma unroll
+	for (int i = 0; i < 2; i++) {
+		p[i] = ptx_ex2(s[i] - most);
+		m->weight[head][lane + 32 * i] = __float2bfloat16_rn(p[i]);
+	}
+	total = total * rescale + mla_sum_lanes(p[0] + p[1]);
+	largest = most;
+	if (lane == 0)
+		m->rescale[head] = rescale;
+}
+
+/* sums of 64 latents and 8 heads */
+__device__ __forceinline__ void add_tile(float (&sum)[4][4], cluster_smem *m, int warp, int lane)
+{
+	int g = lane / 4, t = lane % 4;
+	float rescale[2] = {m->rescale[t * 2], m->rescale[t * 2 + 1]};
+	uint32_t at = ptx_shared_address(
+		&m->tile[lane / 16 * 8 + lane % 8][warp * 64 + lane / 8 % 2 * 8]);
+
+#pragma unroll
+	for (int i = 0; i < 16; i++)
+		sum[i / 4][i % 4] *= rescale[i % 2];
+#pragma unroll
+	for (int k = 0; k < TILE / 16; k++) {
+		uint32_t b0 = *(const uint32_t *)&m->weight[g][k * 16 + t * 2],
+			 b1 = *(const uint32_t *)&m->weight[g][k * 16 + t * 2 + 8];
+
+#pragma unroll
+		for (int n = 0; n < 4; n++) {
+			uint32_t a[4];
+
+			ptx_load_matrices_down(a, at + k * 16 * PITCH * 2 + n * 32);
+			ptx_mma_bf16(sum[n], a[0], a[1], a[2], a[3], b0, b1);
+		}
+	}
+}
+
+/* Every head's sums to the two blocks that have the head. */
+__device__ __forceinline__ void send_sums(cluster_smem *m, const float (&sum)[4][4],
+                                          const cluster_run &r, int warp, int lane)
+{
+	int thread = (int)threadIdx.x, g = lane / 4, t = lane % 4;
+
+#pragma unroll
+	for (int n = 0; n < 4; n++)
+#pragma unroll
+		for (int i = 0; i < 4; i++)
+			m->sum[t * 2 + i % 2][warp * 64 + n * 16 + g + i / 2 * 8] = sum[n][i];
+	__syncthreads(); /* the sums are written */
+#pragma unroll
+	for (int k = 0; k < HEADS * (LATENT / 4) / THREADS; k++) {
+		int i = k * THREADS + thread, head = i / (LATENT / 4), piece = i % (LATENT / 4);
+		float4 v = *(const float4 *)&m->sum[head][piece * 4];
+
+#pragma unroll
+		for (int half = 0; half < 2; half++)
+			inbox_send(ptx_cluster_address(&m->inbox_sum[r.rank][piece], head * 2 + half),
+			           ptx_cluster_address(&m->sums, head * 2 + half), v);
+	}
+	if (thread < BLOCKS)
+		inbox_send(ptx_cluster_address(&m->inbox_stat[r.rank], thread),
+		           ptx_cluster_address(&m->sums, thread),
+		           make_float4(m->largest[thread / 2], m->total[thread / 2], 0.0f, 0.0f));
+}
+
+/* The head's latent, put together from all blocks', rounded as what a linear layer reads. */
+__device__ __forceinline__ void join_sums(cluster_smem *m)
+{
+	int thread = (int)threadIdx.x;
+	float largest = -CUDART_INF_F, total = 0.0f, weight[BLOCKS];
+	float2 sum = make_float2(0.0f, 0.0f);
+
+#pragma unroll
+	for (int i = 0; i < BLOCKS; i++)
+		largest = fmaxf(largest, m->inbox_stat[i].x);
+#pragma unroll
+	for (int i = 0; i < BLOCKS; i++) {
+		float2 stat = *(const float2 *)&m->inbox_stat[i];
+
+		weight[i] = stat.y > 0.0f ? ptx_ex2(stat.x - largest) : 0.0f;
+		total += weight[i] * stat.y;
+	}
+	float scale = total > 0.0f ? 1.0f / total : 0.0f;
+#pragma unroll
+	for (int i = 0; i < BLOCKS; i++) {
+		float2 v = ((const float2 *)m->inbox_sum[i])[thread];
+
+		sum.x += weight[i] * v.x;
+		sum.y += weight[i] * v.y;
+	}
+	*(float2 *)&m->latent[thread * 2] =
+		make_float2(__bfloat162float(__float2bfloat16_rn(sum.x * scale)),
+	                    __bfloat162float(__float2bfloat16_rn(sum.y * scale)));
+	__syncthreads(); /* the latent is written */
+}
+
+__device__ __forceinline__ void store_values(cluster_smem *m, const kk_mla_decode_args &a,
+                                             const cluster_run &r, int warp, int lane)
+{
+	float x[16], mine = 0.0f;
+
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		*(float4 *)&x[i * 4] =
+			*(const float4 *)&m->latent[i / 2 * 256 + lane * 8 + i % 2 * 4];
+#pragma unroll
+	for (int i = 0; i < VALUES / WARPS; i++) {
+		float sum = 0.0f;
+
+#pragma unroll
+		for (int h = 0; h < 2; h++) {
+			uint4 v = *(const uint4 *)&m->w_vc[warp * (VALUES / WARPS) + i]
+			                                  [h * 256 + lane * 8];
+			const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+
+#pragma unroll
+			for (int k = 0; k < 4; k++) {
+				sum += x[h * 8 + 2 * k] * mla_low(word[k]);
+				sum += x[h * 8 + 2 * k + 1] * mla_high(word[k]);
+			}
+		}
+		sum = mla_sum_lanes(sum);
+		if (lane == i)
+			mine = sum;
+	}
+	if (lane < VALUES / WARPS)
+		((__nv_bfloat16 *)a.out)[((size_t)r.seq * HEADS + r.head) * VALUE + r.half * VALUES +
+		                         warp * (VALUES / WARPS) + lane] = __float2bfloat16_rn(mine);
+}
+
+/* The block's run of the cache. The first tile is on its way but for this step's row. */
+__device__ __forceinline__ void attend_run(cluster_smem *m, const kk_mla_decode_args &a,
+                                           const cluster_run &r, float (&sum)[4][4], int warp,
+                                           int lane)
+{
+	float largest = -CUDART_INF_F, total = 0.0f;
+
+#pragma unroll 1
+	for (int tile = r.from; tile < r.to; tile++) {
+		if (tile > r.from)
+			fetch_tile(m, a, r, tile, false);
+		if (!a.kv_a) {
+			fetch_tile(m, a, r, tile, true);
+		} else if (r.last / TILE == tile && (int)threadIdx.x < WIDTH / 8) {
+			((uint4 *)m->tile[r.last % TILE])[threadIdx.x] =
+				((const uint4 *)m->fresh)[threadIdx.x];
+		}
+		ptx_copy_wait_all();
+		__syncthreads(); /* the tile is there */
+		score_tile(m, warp, lane);
+		__syncthreads(); /* the scores are written */
+		weigh_tile(m, r, tile, a.scale * MLA_LOG2E, largest, total, warp, lane);
+		__syncthreads(); /* the weights are written */
+		add_tile(sum, m, warp, lane);
+		__syncthreads(); /* the tile has been read */
+	}
+	if (lane == 0) {
+		m->largest[warp] = largest;
+		m->total[warp] = total;
+	}
+}
+
+/* Block x: of the cluster; y: row. */
+__global__ void __launch_bounds__(THREADS, 1) decode_cluster(kk_mla_decode_args a)
+{
+	extern __shared__ __align__(128) char raw[];
+	cluster_smem *m = (cluster_smem *)raw;
+	int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
+	cluster_run r;
+	uint4 w[NOPE / WARPS];
+	float sum[4][4] = {};
+
+	ptx_release_successor();
+	r.seq = (int)blockIdx.y, r.rank = (int)blockIdx.x, r.head = r.rank / 2, r.half = r.rank % 2;
+	if (thread == 0) {
+		ptx_mbarrier_init(ptx_shared_address(&m->values_full), 1);
+		inbox_open(&m->queries);
+		inbox_open(&m->sums);
+	}
+	__syncthreads(); /* the barriers are begun */
+	if (thread == 0) {
+		inbox_expect(&m->queries, HEADS * LATENT * 2);
+		inbox_expect(&m->sums, BLOCKS * (LATENT * 4 + 16));
+		inbox_expect(&m->values_full, VALUES * LATENT * 2);
+		ptx_copy_bulk(ptx_shared_address(m->w_vc),
+		              (const __nv_bfloat16 *)a.kv_b +
+		                      ((size_t)r.head * (NOPE + VALUE) + NOPE + r.half * VALUES) *
+		                              LATENT,
+		              VALUES * LATENT * 2, ptx_shared_address(&m->values_full));
+	}
+	ptx_cluster_arrive();
+	load_w_kc(w, a, r, warp, lane);
+	r.context = max(a.kv_len[r.seq], 0);
+	r.last = r.context - 1;
+	int each = tiles_of_run(r.context, BLOCKS);
+	r.from = r.rank * each;
+	r.to = min(r.from + each, (r.context + TILE - 1) / TILE);
+	if (r.from < r.to)
+		fetch_tile(m, a, r, r.from, false);
+	ptx_wait_predecessor();
+	load_query(m, a, r, warp, lane);
+	if (a.kv_a && r.last >= r.from * TILE && r.last < r.to * TILE && warp == WARPS - 1)
+		make_row(m, a, r, lane);
+	__syncthreads(); /* the query, and this step's row, are written */
+	absorb_and_send(m, w, r, warp, lane);
+	inbox_wait(&m->queries);
+	attend_run(m, a, r, sum, warp, lane);
+	send_sums(m, sum, r, warp, lane);
+	inbox_wait(&m->sums);
+	join_sums(m);
+	ptx_mbarrier_wait(ptx_shared_address(&m->values_full), 0);
+	store_values(m, a, r, warp, lane);
+}
+
+extern "C" cudaError_t kk_mla_decode_cluster(const kk_mla_decode_args *a, cudaStream_t stream)
+{
+	cudaError_t rc;
+
+	if (!fits(a) || a->shape.heads != HEADS)
+		return cudaErrorInvalidValue;
+	rc = cudaFuncSetAttribute(decode_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize,
+	                          sizeof(cluster_smem));
+	if (rc == cudaSuccess)
+		rc = cudaFuncSetAttribute(decode_cluster,
+		                          cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+	if (rc != cudaSuccess)
+		return rc;
+	return mla_launch(decode_cluster,
+	                  {dim3(BLOCKS, a->seqs), THREADS, sizeof(cluster_smem), BLOCKS}, *a, stream);
+}
