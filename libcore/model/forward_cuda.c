@@ -1,7 +1,8 @@
 /*
  * The blocks of a step on a GPU (model/forward.h). What is one launch here and several ops on the
- * CPU: q_a and kv_a over the same rows; gate and up; norm, rope and write of the KV; a norm and the
- * sum before it.
+ * CPU: q_a and kv_a over the same rows; gate and up; norm, rope and write of the KV. What o, down and
+ * the experts give goes straight into the stream; for few rows a linear layer makes its own x, by the
+ * norm or the SiLU before it, and attention may write its rows' KV.
  *
  * A step's arrays (ids, pages, the pieces of attention) are laid side by side in pinned memory and
  * sent at once; then everything is enqueued, and the host waits once, for the logits.
@@ -294,17 +295,31 @@ static int linear(const km_gpu *g, km_cuda_linear args, km_err *err)
 	return km_cuda_ops_linear(g->cuda, &g->linear, &args, err);
 }
 
-static int add_and_norm(const km_model *m, enum km_step_op op, int tokens, bool add,
-                        const float *weight, km_err *err)
+/* A linear layer of what a norm or SiLU makes; `maker` is that op, where it is a launch of its own. */
+static int linear_of_made(const km_gpu *g, enum km_step_op maker, enum km_step_op op,
+                          km_cuda_linear args, km_err *err)
+{
+	args.weights = args.w[1] ? 2 : 1;
+	if (!km_cuda_linear_makes_x(&args, &g->linear)) {
+		KM_TRY(OP(g, maker, km_cuda_ops_make_x(g->cuda, &args, err)));
+		args.from = KM_X_GIVEN;
+		args.x = args.made;
+	}
+	return OP(g, op, linear(g, args, err));
+}
+
+/* A linear layer's x: the stream's norm. `keep`: normed is wanted afterwards. */
+static km_cuda_linear of_stream(const km_model *m, int tokens, const float *weight, bool keep)
 {
 	const km_gpu *g = m->gpu;
-	int size = m->config.hidden_size;
-	km_cuda_norm args = { g->stream, add ? g->b.delta : NULL,
-		              weight,    g->normed,
-		              tokens,    size,
-		              size,      (float)m->config.rms_norm_eps };
 
-	return OP(g, op, km_cuda_ops_norm(g->cuda, &args, err));
+	return (km_cuda_linear){ .from = KM_X_NORM,
+		                 .a = g->stream,
+		                 .b = weight,
+		                 .eps = (float)m->config.rms_norm_eps,
+		                 .made = g->normed,
+		                 .keep = keep,
+		                 .tokens = tokens };
 }
 
 static float lora_eps(const km_model *m)
@@ -316,34 +331,38 @@ static float lora_eps(const km_model *m)
 static int queries(const km_model *m, const km_layer_weights *w, int tokens, km_err *err)
 {
 	const km_gpu *g = m->gpu;
-	int size = m->config.q_lora_rank;
-	km_cuda_norm args = { g->b.q_a, NULL, w->q_a_norm, g->b.q_a_normed,
-		              tokens,   size, size,        lora_eps(m) };
-	km_cuda_linear q = { .x = size ? g->b.q_a_normed : g->normed,
-		             .w = { size ? &w->q_b : &w->q_proj },
+	bool lora = m->config.q_lora_rank > 0;
+	km_cuda_linear q = { .x = g->normed,
+		             .from = lora ? KM_X_NORM : KM_X_GIVEN,
+		             .a = g->b.q_a,
+		             .b = w->q_a_norm,
+		             .eps = lora_eps(m),
+		             .made = g->b.q_a_normed,
+		             .w = { lora ? &w->q_b : &w->q_proj },
 		             .y = { g->b.q },
 		             .tokens = tokens,
 		             .y_bf16 = true };
 
-	if (size)
-		KM_TRY(OP(g, KM_STEP_Q_A_NORM, km_cuda_ops_norm(g->cuda, &args, err)));
-	return OP(g, KM_STEP_Q_B, linear(g, q, err));
+	if (!lora)
+		return OP(g, KM_STEP_Q_B, linear(g, q, err));
+	return linear_of_made(g, KM_STEP_Q_A_NORM, KM_STEP_Q_B, q, err);
 }
 
-/* What q and keys are made of: with_q, q_a beside kv_a. */
-static int projections(const km_model *m, const km_layer_weights *w, int tokens, bool with_q,
+/* What q and keys are made of, with_q q_a beside kv_a, of `args`' x. */
+static int projections(const km_model *m, const km_layer_weights *w, km_cuda_linear args, bool with_q,
                        km_err *err)
 {
 	const km_gpu *g = m->gpu;
-	km_cuda_linear args = {
-		.x = g->normed, .w = { &w->kv_a }, .y = { g->b.kv_a }, .tokens = tokens
-	};
 
+	args.w[0] = &w->kv_a;
+	args.y[0] = g->b.kv_a;
 	if (with_q && m->config.q_lora_rank) {
 		args.w[1] = &w->q_a;
 		args.y[1] = g->b.q_a;
 	}
-	return OP(g, KM_STEP_QKV_A, linear(g, args, err));
+	if (args.from == KM_X_GIVEN)
+		return OP(g, KM_STEP_QKV_A, linear(g, args, err));
+	return linear_of_made(g, KM_STEP_INPUT_NORM, KM_STEP_QKV_A, args, err);
 }
 
 static int rope_and_kv(const km_model *m, int layer, const km_gpu_batch *b, bool with_q,
@@ -390,11 +409,20 @@ static km_mla_decode_plan decode_plan(const km_model *m, const km_mla_shape *sha
 	}
 }
 
+/* Whether attention writes the step's KV: it can where every row is a sequence's next. */
+static bool attention_writes(const km_model *m)
+{
+	km_mla_shape shape = km_gpu_mla_shape(&m->config, &m->options);
+
+	return m->gpu->generating && decode_plan(m, &shape, m->gpu->all.decode_seqs).cluster;
+}
+
 static int attend_decoding(const km_model *m, int layer, const km_gpu_batch *b, km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	km_mla_shape shape = km_gpu_mla_shape(&m->config, &m->options);
 	km_mla_decode_plan plan = decode_plan(m, &shape, b->decode_seqs);
+	bool writes = attention_writes(m);
 	km_mla_decode_buffers buffers = {
 		.cache = cache_of(g, layer, b),
 		.q = g->b.q,
@@ -405,6 +433,10 @@ static int attend_decoding(const km_model *m, int layer, const km_gpu_batch *b, 
 		.scratch = g->b.mla_scratch,
 		.out = g->b.heads_out,
 		.scale = (float)km_config_softmax_scale(&m->config),
+		.kv_a = writes ? g->b.kv_a : NULL,
+		.norm = g->weights.layer[layer].w.kv_a_norm,
+		.slots = b->slots,
+		.eps = lora_eps(m),
 	};
 
 	return OP(g, KM_STEP_MLA_DECODE,
@@ -447,23 +479,28 @@ static int attend_prompts(const km_model *m, int layer, const km_gpu_batch *b, k
 	return 0;
 }
 
-/* delta = down(silu(gate x) * up x); `op` is the first of its three. */
-static int mlp(const km_gpu *g, enum km_step_op op, int tokens, const km_weight *const w[3],
-               km_err *err)
+/* stream += down(silu(gate x) * up x), x the stream's norm, which is kept; `op` is the first of its
+ * three. */
+static int mlp(const km_model *m, enum km_step_op op, int tokens, const km_layer_weights *layer,
+               const km_weight *const w[3], km_err *err)
 {
-	km_cuda_linear wide = { .x = g->normed,
-		                .w = { w[0], w[1] },
-		                .y = { g->b.gate, g->b.up },
-		                .tokens = tokens };
-	km_cuda_linear down = {
-		.x = g->b.act, .w = { w[2] }, .y = { g->b.delta }, .tokens = tokens
-	};
+	const km_gpu *g = m->gpu;
+	km_cuda_linear wide = of_stream(m, tokens, layer->post_attention_norm, true);
+	km_cuda_linear down = { .from = KM_X_SILU,
+		                .a = g->b.gate,
+		                .b = g->b.up,
+		                .made = g->b.act,
+		                .w = { w[2] },
+		                .y = { g->stream },
+		                .tokens = tokens,
+		                .accumulate = true };
 
-	KM_TRY(OP(g, op, linear(g, wide, err)));
-	KM_TRY(OP(g, op + 1,
-	          km_cuda_ops_silu_mul(g->cuda, g->b.gate, g->b.up, g->b.act, tokens, w[0]->rows,
-	                               err)));
-	return OP(g, op + 2, linear(g, down, err));
+	for (int i = 0; i < 2; i++)
+		wide.w[i] = w[i];
+	wide.y[0] = g->b.gate;
+	wide.y[1] = g->b.up;
+	KM_TRY(linear_of_made(g, KM_STEP_POST_NORM, op, wide, err));
+	return linear_of_made(g, op + 1, op + 2, down, err);
 }
 
 /* ids and weights of the selected experts. */
@@ -497,7 +534,7 @@ static int route(const km_model *m, const km_gpu_layer *layer, int tokens, km_er
 	return km_cuda_router_run(g->cuda, KM_PART_GATE, &plan, &shape, &buffers, err);
 }
 
-/* The routed sum, added to delta or, without shared experts, all of it. */
+/* The routed sum, added to the stream. */
 static int routed_experts(const km_model *m, const km_gpu_layer *layer, int tokens, km_err *err)
 {
 	const km_gpu *g = m->gpu;
@@ -509,8 +546,8 @@ static int routed_experts(const km_model *m, const km_gpu_layer *layer, int toke
 		.weights = g->b.expert_weights,
 		.experts = layer->experts,
 		.routed_scale = (float)m->config.routed_scaling_factor,
-		.y = g->b.delta,
-		.accumulate = m->config.n_shared_experts > 0,
+		.y = g->stream,
+		.accumulate = true,
 		.scratch = g->b.moe_scratch,
 	};
 	km_moe_plan plan;
@@ -534,11 +571,14 @@ static int project(km_model *m, int layer, const km_batch *batch, km_err *err)
 	const km_layer_weights *w = &g->weights.layer[layer].w;
 	bool with_q = !is_last(m, layer) || g->whole;
 
-	KM_TRY(add_and_norm(m, KM_STEP_INPUT_NORM, batch->tokens, layer > 0, w->input_norm, err));
-	KM_TRY(projections(m, w, batch->tokens, with_q, err));
+	KM_TRY(projections(m, w,
+	                   of_stream(m, batch->tokens, w->input_norm,
+	                             !g->whole || !m->config.q_lora_rank),
+	                   with_q, err));
 	if (with_q)
 		KM_TRY(queries(m, w, batch->tokens, err));
-	return rope_and_kv(m, layer, &g->all, with_q, g->all.slots, err);
+	return attention_writes(m) ? 0
+	                           : rope_and_kv(m, layer, &g->all, with_q, g->all.slots, err);
 }
 
 static int keep(km_model *m, const km_batch *kept, km_err *err)
@@ -557,7 +597,8 @@ static int keep(km_model *m, const km_batch *kept, km_err *err)
 	                             g->b.kept_normed, hidden * 2, err)));
 	g->stream = g->b.kept_stream;
 	g->normed = g->b.kept_normed;
-	KM_TRY(projections(m, w, kept->tokens, true, err));
+	KM_TRY(projections(m, w, (km_cuda_linear){ .x = g->normed, .tokens = kept->tokens }, true,
+	                   err));
 	KM_TRY(queries(m, w, kept->tokens, err));
 	return rope_and_kv(m, layer, &g->kept, true, g->no_slots, err);
 }
@@ -568,8 +609,9 @@ static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
 	const km_gpu_batch *b = is_last(m, layer) && !g->whole ? &g->kept : &g->all;
 	km_cuda_linear out = { .x = g->b.heads_out,
 		               .w = { &g->weights.layer[layer].w.o },
-		               .y = { g->b.delta },
-		               .tokens = batch->tokens };
+		               .y = { g->stream },
+		               .tokens = batch->tokens,
+		               .accumulate = true };
 
 	if (batch->decode_seqs)
 		KM_TRY(attend_decoding(m, layer, b, err));
@@ -584,13 +626,16 @@ static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *e
 	const km_layer_weights *w = &l->w;
 	const km_weight *const dense[] = { &w->gate, &w->up, &w->down };
 	const km_weight *const shared[] = { &w->shared_gate, &w->shared_up, &w->shared_down };
-	int tokens = batch->tokens;
+	int tokens = batch->tokens, hidden = m->config.hidden_size;
+	km_cuda_norm norm = { g->stream, NULL,   w->post_attention_norm,        g->normed, tokens,
+		              hidden,    hidden, (float)m->config.rms_norm_eps };
 
-	KM_TRY(add_and_norm(m, KM_STEP_POST_NORM, tokens, true, w->post_attention_norm, err));
 	if (!km_config_is_moe_layer(&m->config, layer))
-		return mlp(g, KM_STEP_MLP_GATE_UP, tokens, dense, err);
+		return mlp(m, KM_STEP_MLP_GATE_UP, tokens, w, dense, err);
 	if (m->config.n_shared_experts)
-		KM_TRY(mlp(g, KM_STEP_SHARED_GATE_UP, tokens, shared, err));
+		KM_TRY(mlp(m, KM_STEP_SHARED_GATE_UP, tokens, w, shared, err));
+	else
+		KM_TRY(OP(g, KM_STEP_POST_NORM, km_cuda_ops_norm(g->cuda, &norm, err)));
 	return routed_experts(m, l, tokens, err);
 }
 
@@ -598,27 +643,20 @@ static int head(km_model *m, const km_batch *batch, km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	int rows = batch->logit_rows, hidden = m->config.hidden_size;
-	km_cuda_norm args = {
-		g->stream, g->b.delta, g->weights.norm, g->b.head_normed,
-		rows,      hidden,     hidden,          (float)m->config.rms_norm_eps
-	};
-	km_cuda_linear logits = { .x = g->b.head_normed,
+	km_cuda_linear logits = { .from = KM_X_NORM,
+		                  .a = g->logit_from ? g->b.head_stream : g->stream,
+		                  .b = g->weights.norm,
+		                  .eps = (float)m->config.rms_norm_eps,
+		                  .made = g->b.head_normed,
 		                  .w = { &g->weights.head },
 		                  .y = { g->b.logits },
 		                  .tokens = rows };
 
-	if (g->logit_from) {
+	if (g->logit_from)
 		KM_TRY(OP(g, KM_STEP_KEEP,
 		          km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->stream,
 		                             g->b.head_stream, hidden * 4, err)));
-		KM_TRY(OP(g, KM_STEP_KEEP,
-		          km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->b.delta,
-		                             g->b.head_delta, hidden * 4, err)));
-		args.residual = g->b.head_stream;
-		args.delta = g->b.head_delta;
-	}
-	KM_TRY(OP(g, KM_STEP_FINAL_NORM, km_cuda_ops_norm(g->cuda, &args, err)));
-	KM_TRY(OP(g, KM_STEP_HEAD, linear(g, logits, err)));
+	KM_TRY(linear_of_made(g, KM_STEP_FINAL_NORM, KM_STEP_HEAD, logits, err));
 	return OP(g, KM_STEP_RESULT,
 	          km_cuda_fetch(g->cuda, g->logits, g->b.logits,
 	                        (size_t)rows * (size_t)m->config.vocab_size * 4, err));

@@ -211,14 +211,12 @@ void km_gpu_lay_out(km_gpu_buffers *b, const km_config *c, const km_weights *sha
 	rows = (size_t)b->rows;
 	logits = (size_t)b->logit_rows;
 	b->stream = place(&at, rows, hidden, 4);
-	b->delta = place(&at, rows, hidden, 4);
 	b->normed = place(&at, rows, hidden, 2);
 	b->kept_stream = place(&at, rows, hidden, 4);
 	b->kept_normed = place(&at, rows, hidden, 2);
 	at = lay_attention(b, c, o, info, at);
 	at = lay_mlp(b, c, shapes, info, at);
 	b->head_stream = place(&at, logits, hidden, 4);
-	b->head_delta = place(&at, logits, hidden, 4);
 	b->head_normed = place(&at, logits, hidden, 2);
 	b->dequantized = place(&at, 1, largest_dequantized(shapes), 1);
 	b->batch_bytes = batch_bytes(b, o);
@@ -317,8 +315,9 @@ int km_gpu_plan(const km_config *config, const km_model_options *options, km_mod
 
 /* ---- open ---- */
 
-static void open_blas(km_gpu *g)
+static void open_linear(km_gpu *g)
 {
+	g->linear.slab = g->info.capability >= 90;
 	g->linear.blas = km_cuda_blas_open(g->cuda, &g->no_blas) >= 0;
 }
 
@@ -400,7 +399,7 @@ int km_gpu_open(km_model *m, const km_model_plan *plan, km_err *err)
 		               "%s has compute capability %d.%d, 8.0 is needed", g->info.name,
 		               g->info.capability / 10, g->info.capability % 10);
 	g->pdl = g->info.capability >= 90;
-	open_blas(g);
+	open_linear(g);
 	KM_TRY(check_router(g, &m->config, err));
 	if (moe_layer(&m->config) >= 0)
 		KM_TRY(km_gpu_tuning_open(g, m, moe_layer(&m->config), err));

@@ -48,7 +48,7 @@ void km_gpu_weights_release(km_gpu_weights *weights);
 
 /* A step's buffers on the device. Rows: max_batch_tokens, rounded as km_linear_rounded has it. */
 typedef struct km_gpu_buffers {
-	float *stream, *delta; /* [rows, hidden] */
+	float *stream;         /* [rows, hidden] */
 	void *normed;          /* bf16 [rows, hidden] */
 	float *kept_stream;    /* [rows, hidden]: the stream after the last layer's cut */
 	void *kept_normed;
@@ -64,7 +64,7 @@ typedef struct km_gpu_buffers {
 	float *expert_weights; /* [rows, top_k] */
 	int32_t *expert_ids;
 	void *router_scratch, *moe_scratch;
-	float *head_stream, *head_delta; /* [logit rows, hidden] */
+	float *head_stream; /* [logit rows, hidden] */
 	void *head_normed;
 	float *logits;     /* [logit rows, vocab] */
 	void *dequantized; /* bf16, the largest weight that needs it */
