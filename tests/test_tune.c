@@ -381,6 +381,7 @@ static void lookups_say_what_missed(void **state)
 static void only_the_general_form_has_no_table(void **state)
 {
 	km_moe_tune_context c = context_of(8, 1);
+	km_buf out = KM_BUF_INIT;
 	km_tune_key key;
 	km_moe_tuning t;
 	km_err err;
@@ -390,7 +391,11 @@ static void only_the_general_form_has_no_table(void **state)
 	key = km_moe_tune_key(&c.problem, "X", 13000);
 	assert_int_equal(km_moe_tuning_open(&t, "/nowhere", &key, &c, false, &err), 0);
 	assert_false(t.found);
+	assert_true(t.general);
 	assert_non_null(strstr(t.why.data, "only the general form takes these experts"));
+	km_moe_tuning_explain(&t, &c.problem, &c.device, &out);
+	assert_non_null(strstr(out.data, "tuning: none: only the general form takes"));
+	km_buf_release(&out);
 	km_moe_tuning_release(&t);
 	assert_int_equal(km_moe_tuning_open(&t, "/nowhere", &key, &c, true, &err), KM_ENOTFOUND);
 	assert_non_null(strstr(err.msg, "only the general form takes these experts"));

@@ -74,6 +74,7 @@ int km_moe_tuning_open(km_moe_tuning *tuning, const char *root, const km_tune_ke
 
 	*tuning = (km_moe_tuning){ .why = KM_BUF_INIT };
 	if (!km_moe_candidates(&context->problem, &context->device, NULL, 0)) {
+		tuning->general = true;
 		km_buf_puts(&tuning->why, "only the general form takes these experts on this GPU, and it "
 		                          "has no tiles");
 		return required ? km_fail(err, KM_ENOTFOUND, "%s", tuning->why.data) : 0;
@@ -120,7 +121,8 @@ void km_moe_tuning_explain(const km_moe_tuning *tuning, const km_moe_problem *p,
 	km_err err;
 
 	if (!tuning->found) {
-		km_buf_printf(out, "tuning: none, the plan's own choice: %s\n", tuning->why.data);
+		km_buf_printf(out, "tuning: none%s: %s\n",
+		              tuning->general ? "" : ", the plan's own choice", tuning->why.data);
 		return;
 	}
 	if (km_moe_tuning_plan(&plan, tuning, p, d, &entry, &err) < 0)

@@ -29,6 +29,7 @@ void km_moe_tile_values(const km_moe_tile *tile, int values[KM_TUNE_MAX_FIELDS])
 
 typedef struct km_moe_tuning {
 	bool found;
+	bool general; /* not found: there are no tiles to tune */
 	km_tune_table table;
 	km_buf why; /* not found: which file and which field missed */
 } km_moe_tuning;

@@ -4,14 +4,16 @@
 
 #include "base/log.h"
 
-static void say(const km_gpu *g, const km_moe_problem *problem)
+static void say(const km_moe_tuning *t)
 {
-	if (g->tuning.found)
+	if (t->found)
 		km_log(KM_LOG_INFO, "the experts' tiles are those of %s, of %d token counts",
-		       g->tuning.table.path, g->tuning.table.count);
+		       t->table.path, t->table.count);
+	else if (t->general)
+		km_log(KM_LOG_INFO, "no tuning file is looked for: %s", t->why.data);
 	else
-		km_log(problem->packed ? KM_LOG_WARN : KM_LOG_INFO,
-		       "the experts' tiles are the plan's own choice: %s", g->tuning.why.data);
+		km_log(KM_LOG_WARN, "the experts' tiles are the plan's own choice: %s",
+		       t->why.data);
 }
 
 int km_gpu_tuning_open(km_gpu *g, const km_model *m, int layer, km_err *err)
@@ -30,7 +32,7 @@ int km_gpu_tuning_open(km_gpu *g, const km_model *m, int layer, km_err *err)
 	}
 	KM_TRY(km_moe_tuning_open(&g->tuning, o->moe_config_dir, &key, &context, o->require_tuned,
 	                          err));
-	say(g, &context.problem);
+	say(&g->tuning);
 	return 0;
 }
 
