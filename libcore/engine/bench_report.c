@@ -51,6 +51,24 @@ static double floor_us(const km_bench_report *report, const km_profile *p)
 	return us;
 }
 
+static double layer_floor_us(const km_bench_report *report, const km_profile *p)
+{
+	double us = 0;
+
+	for (int i = 0; i < KM_STEP_COUNT; i++)
+		us += km_roofline_us(&report->roofline, p->layer[i].bytes, p->layer[i].flops);
+	return us;
+}
+
+static double layer_bytes(const km_profile *p)
+{
+	double bytes = 0;
+
+	for (int i = 0; i < KM_STEP_COUNT; i++)
+		bytes += p->layer[i].bytes;
+	return bytes;
+}
+
 /* So little is read that some of it stays in the cache: weights and cached tokens of all layers from one
  * replay to the next, activations, which lie in the same place in each layer, from one call to the next. */
 static bool is_warm(const km_profile *p, const km_profile_op *op)
@@ -77,7 +95,11 @@ static void put_head(const km_bench_report *report, km_buf *out)
 	km_buf_printf(out, "\ndevice   %s\nroofline %.0f GB/s", report->device, roof->gbps);
 	if (roof->tflops > 0)
 		km_buf_printf(out, ", %.0f TFLOP/s", roof->tflops);
-	km_buf_printf(out, " (%s)\n\n", roof->source);
+	km_buf_printf(out, " (%s)\n", roof->source);
+	if (o->engine->backend == KM_BACKEND_CUDA)
+		km_buf_puts(out, "columns  us: the op alone, in all layers; saved us: what the whole step takes "
+		                 "less without it\n");
+	km_buf_putc(out, '\n');
 }
 
 static void put_results(const km_bench_report *report, km_buf *out)
@@ -137,8 +159,10 @@ static void put_profile(const km_bench_report *report, const char *what, const k
 	              p->step_us, all.bytes / 1e6, 100 * floor_us(report, p) / p->step_us,
 	              floor_us(report, p), p->launches, p->sum_us);
 	if (p->layers)
-		km_buf_printf(out, "a%s layer %.2f us (%d of them together)", p->layers_are_moe ? " MoE" : "",
-		              p->layers_us / p->layers, p->layers);
+		km_buf_printf(out, "a%s layer %.2f us (%d of them together), %.1f MB, %.1f%% of the roofline",
+		              p->layers_are_moe ? " MoE" : "", p->layers_us / p->layers, p->layers,
+		              layer_bytes(p) / 1e6,
+		              100 * layer_floor_us(report, p) * p->layers / p->layers_us);
 	else
 		km_buf_puts(out, "no layer of its own: the last computes only the rows that are wanted");
 	if (p->distinct_experts > 0)
@@ -232,6 +256,8 @@ static void put_json_profile(const km_bench_report *report, const char *name, co
 	put_number(out, "layers", p->layers);
 	km_buf_printf(out, ", \"layers_are_moe\": %s", p->layers_are_moe ? "true" : "false");
 	put_positive(out, "layer_us", p->layers ? p->layers_us / p->layers : 0);
+	put_positive(out, "layer_bytes", layer_bytes(p));
+	put_positive(out, "layer_roofline_us", layer_floor_us(report, p));
 	put_positive(out, "distinct_experts", p->distinct_experts);
 	put_positive(out, "expected_experts", p->expected_experts);
 	km_buf_puts(out, ", \"ops\": [");

@@ -45,6 +45,29 @@ void km_profile_costs(const km_model *m, const km_batch *batch, const km_batch *
 	km_step_costs(&shape, costs);
 }
 
+static bool is_in_layers(enum km_step_op op, bool moe)
+{
+	if (op == KM_STEP_EMBED || op >= KM_STEP_KEEP)
+		return false;
+	return !moe || op < KM_STEP_MLP_GATE_UP || op > KM_STEP_MLP_DOWN;
+}
+
+void km_profile_layer_costs(const km_model *m, const km_batch *batch, const km_profile_layers *l,
+                            const int *experts, km_profile *p)
+{
+	km_profile_costs(m, batch, batch, experts, p->layer);
+	for (int i = 0; i < KM_STEP_COUNT; i++) {
+		km_step_cost *c = &p->layer[i];
+		double calls = (double)c->calls;
+
+		if (!c->calls || !is_in_layers((enum km_step_op)i, l->moe)) {
+			*c = (km_step_cost){ 0 };
+			continue;
+		}
+		*c = (km_step_cost){ 1, c->bytes / calls, c->flops / calls, c->weight_bytes / calls };
+	}
+}
+
 void km_profile_mean_experts(const km_model *m, const km_batch *batch, const int *experts,
                              km_profile *p)
 {
@@ -155,6 +178,7 @@ static int profile_cpu(km_model *m, const km_batch *batch, km_profile *p, km_err
 	for (size_t i = 0; i < layers * experts; i++)
 		distinct[i / experts] += counts[i] > 0;
 	add_weight_bytes(m, batch, distinct, p);
+	km_profile_layer_costs(m, batch, &l, distinct, p);
 	p->cache_bytes = (double)sysconf(_SC_LEVEL3_CACHE_SIZE);
 	km_profile_mean_experts(m, batch, distinct, p);
 	p->layers = l.to - l.from;

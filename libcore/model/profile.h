@@ -33,6 +33,7 @@ typedef struct km_profile {
 	double distinct_experts; /* of a MoE layer, on average; 0: there is none */
 	double expected_experts; /* were every choice of top_k experts as likely as any */
 	double cache_bytes;      /* the device's; 0: not known */
+	km_step_cost layer[KM_STEP_COUNT]; /* of one of `layers`, by op */
 	km_profile_op op[KM_STEP_COUNT];
 } km_profile;
 

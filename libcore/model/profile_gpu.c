@@ -193,6 +193,7 @@ static int time_all(km_model *m, const km_batch *batch, const km_batch *run, int
 	km_profile_costs(m, batch, m->gpu->generating ? batch : &m->kept.batch, distinct, costs);
 	for (int i = 0; i < KM_STEP_COUNT; i++)
 		p->op[i].cost = costs[i];
+	km_profile_layer_costs(m, batch, &l, distinct, p);
 	p->op[KM_STEP_RESULT].cost.calls = batch->logit_rows > 0;
 	return time_ops(m, run, p, err);
 }

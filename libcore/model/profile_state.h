@@ -11,6 +11,9 @@ typedef struct km_profile_layers {
 } km_profile_layers;
 
 void km_profile_choose_layers(const km_model *m, const km_batch *batch, km_profile_layers *layers);
+/* Sets the costs of one layer that computes every row. */
+void km_profile_layer_costs(const km_model *m, const km_batch *batch, const km_profile_layers *layers,
+                            const int *experts, km_profile *p);
 /* experts: [layers], how many different ones were chosen. */
 void km_profile_costs(const km_model *m, const km_batch *batch, const km_batch *kept,
                       const int *experts, km_step_cost costs[KM_STEP_COUNT]);
