@@ -154,9 +154,10 @@ static void put_profile(const km_bench_report *report, const char *what, const k
 
 	km_buf_printf(out, "\n%s\n", what);
 	km_buf_printf(out,
-	              "whole step %.2f us, %.1f MB, %.1f%% of the roofline (%.2f us), %d launches; sum of "
-	              "ops %.2f us\n",
-	              p->step_us, all.bytes / 1e6, 100 * floor_us(report, p) / p->step_us,
+	              "whole step %.2f us, %.1f MB, %.1f GB/s, %.2f TFLOP/s, %.1f%% of the roofline "
+	              "(%.2f us), %d launches; sum of ops %.2f us\n",
+	              p->step_us, all.bytes / 1e6, all.bytes / p->step_us * 1e-3,
+	              all.flops / p->step_us * 1e-6, 100 * floor_us(report, p) / p->step_us,
 	              floor_us(report, p), p->launches, p->sum_us);
 	if (p->layers)
 		km_buf_printf(out, "a%s layer %.2f us (%d of them together), %.1f MB, %.1f%% of the roofline",
