@@ -1,5 +1,5 @@
 # make            builds everything; with CUDA when nvcc 12 or later is there (CUDA=0 leaves it out)
-# make demo       installs what is missing, builds, serves a small model, shows real answers
+# make demo       installs what is missing, builds for the CPU, serves a small model, shows real answers
 # make check      installs what is missing, builds, runs every test that needs no GPU
 # make install    PREFIX=/usr/local, DESTDIR=
 #
@@ -96,10 +96,11 @@ gpu-tests: $(gpu_tests)
 deps:
 	@DEPS=$(DEPS) scripts/install-deps
 
-# The tools are built by a second make, which sees the packages that `deps` has installed.
-demo: deps
-	@$(MAKE) --no-print-directory -j2 all
-	@scripts/demo $(BUILD)/bin
+# The tools are built by a second make, which sees the packages that were installed.
+demo:
+	@DEPS=$(DEPS) scripts/install-deps demo
+	@$(MAKE) --no-print-directory -j$(shell nproc) CUDA=0 all
+	@scripts/demo build/$(notdir $(CC))$(if $(filter 1,$(ASAN)),-asan)/bin
 
 check: deps
 	@TOKENIZER_DIR=$(abspath $(TOKENIZER_DIR)) scripts/check
