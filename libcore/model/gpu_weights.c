@@ -12,10 +12,11 @@
 #include "base/clock.h"
 #include "base/mem.h"
 #include "base/progress.h"
+#include "device/cuda_moe_pack.h"
 #include "device/cuda_upload.h"
 #include "format/moe_layout.h"
 
-enum { ALIGN = 256, PACKING = 8 }; /* experts that are packed at a time */
+enum { ALIGN = 256 };
 
 typedef struct placer {
 	const km_config *config;
@@ -207,55 +208,72 @@ static int place_matrix(placer *p, const km_weight *from, int group, km_moe_matr
 	return 0;
 }
 
-static km_int4_matrix int4_of(const km_weight *w)
+/* One int4 matrix as the checkpoint has it, to `*at`, which moves on. */
+static int put_raw(placer *p, const km_weight *from, char **at, km_int4_matrix *there, km_err *err)
 {
-	return (km_int4_matrix){ (uint32_t *)(uintptr_t)w->data, (uint16_t *)(uintptr_t)w->scale };
+	there->codes = (void *)*at;
+	there->scales = (void *)(*at + rounded(data_bytes(from)));
+	*at += rounded(data_bytes(from)) + rounded(scale_bytes(from));
+	KM_TRY(put(p, there->codes, from->data, data_bytes(from), err));
+	return put(p, there->scales, from->scale, scale_bytes(from), err);
 }
 
-/* Expert e's two packed matrices, one after the other. */
-static void pack_expert(const km_config *c, const km_layer_weights *w, int e, uint8_t *to)
+static size_t raw_bytes(const km_config *c, int group)
 {
-	int group = w->expert_gate[e].group, hidden = c->hidden_size,
-	    width = c->moe_intermediate_size;
-	km_int4_matrix gate = int4_of(&w->expert_gate[e]), up = int4_of(&w->expert_up[e]);
-	km_int4_matrix down = int4_of(&w->expert_down[e]);
+	size_t codes = (size_t)c->hidden_size * (size_t)c->moe_intermediate_size / 2;
 
-	km_moe_pack_gate_up(hidden, width, group, &gate, &up, to);
-	km_moe_pack_down(hidden, width, group, &down,
-	                 to + km_moe_gate_up_bytes(hidden, width, group));
+	return 3 * (rounded(codes) + rounded(codes * 4 / (size_t)group));
 }
 
-/* Where expert e's packed matrices are: in the checkpoint's map, or just packed. */
-static int put_packed(placer *p, const km_layer_weights *w, int e, const uint8_t *packed,
+/* Expert e into the layout, by way of `raw` on the device: the next expert comes there on the same
+ * stream, later. */
+static int pack_there(placer *p, const km_layer_weights *w, int e, char *raw,
+                      const km_cuda_moe_pack *to, km_err *err)
+{
+	km_cuda_moe_pack args = *to;
+
+	KM_TRY(put_raw(p, &w->expert_gate[e], &raw, &args.gate, err));
+	KM_TRY(put_raw(p, &w->expert_up[e], &raw, &args.up, err));
+	KM_TRY(put_raw(p, &w->expert_down[e], &raw, &args.down, err));
+	return km_cuda_moe_pack_expert(p->cuda, &args, err);
+}
+
+/* Expert e: from the checkpoint's map when it is repacked there, as an earlier one when it is the
+ * same, or packed on the device. */
+static int put_packed(placer *p, const km_layer_weights *w, int e, char *raw,
                       const km_moe_weights *to, km_err *err)
 {
-	size_t first = km_moe_gate_up_bytes(p->config->hidden_size,
-	                                    p->config->moe_intermediate_size, to->group);
-	size_t second = km_moe_down_bytes(p->config->hidden_size, p->config->moe_intermediate_size,
-	                                  to->group);
-	bool mapped = w->packed_gate_up && w->packed_gate_up[e];
+	int hidden = p->config->hidden_size, width = p->config->moe_intermediate_size;
+	char *gate_up = (char *)(uintptr_t)to->gate_up.data, *down = (char *)(uintptr_t)to->down.data;
 	int twin = twin_of(w->expert_gate, e);
-	char *gate_up = (char *)(uintptr_t)to->gate_up.data + (size_t)e * to->gate_up.data_stride;
-	char *down = (char *)(uintptr_t)to->down.data + (size_t)e * to->down.data_stride;
+	km_cuda_moe_pack args = { .hidden = hidden,
+		                  .intermediate = width,
+		                  .group = to->group,
+		                  .packed_gate_up = gate_up + (size_t)e * to->gate_up.data_stride,
+		                  .packed_down = down + (size_t)e * to->down.data_stride };
 
 	if (twin < e) {
-		KM_TRY(copy_there(p, (void *)(uintptr_t)to->gate_up.data, to->gate_up.data_stride,
-		                  twin, e, err));
-		return copy_there(p, (void *)(uintptr_t)to->down.data, to->down.data_stride, twin, e,
-		                  err);
+		KM_TRY(copy_there(p, gate_up, to->gate_up.data_stride, twin, e, err));
+		return copy_there(p, down, to->down.data_stride, twin, e, err);
 	}
-	KM_TRY(put(p, gate_up, mapped ? w->packed_gate_up[e] : packed, first, err));
-	return put(p, down, mapped ? w->packed_down[e] : packed + first, second, err);
+	if (!w->packed_gate_up || !w->packed_gate_up[e])
+		return pack_there(p, w, e, raw, &args, err);
+	KM_TRY(put(p, args.packed_gate_up, w->packed_gate_up[e],
+	           km_moe_gate_up_bytes(hidden, width, to->group), err));
+	return put(p, args.packed_down, w->packed_down[e],
+	           km_moe_down_bytes(hidden, width, to->group), err);
 }
 
+/* What is packed on the device comes to the arena's free end for a moment: step buffers, which
+ * will be there, hold several rows of every width and are larger than an expert. */
 static int place_packed(placer *p, const km_layer_weights *w, km_moe_weights *to, km_err *err)
 {
 	const km_config *c = p->config;
-	int count = c->n_routed_experts, rc = 0;
+	int count = c->n_routed_experts;
 	size_t first = km_moe_gate_up_bytes(c->hidden_size, c->moe_intermediate_size, to->group);
 	size_t second = km_moe_down_bytes(c->hidden_size, c->moe_intermediate_size, to->group);
-	void *gate_up, *down;
-	uint8_t *packed;
+	size_t mark;
+	void *gate_up, *down, *raw = NULL;
 
 	to->gate_up = (km_moe_matrix){ .data_stride = rounded(first) };
 	to->down = (km_moe_matrix){ .data_stride = rounded(second) };
@@ -265,21 +283,12 @@ static int place_packed(placer *p, const km_layer_weights *w, km_moe_weights *to
 	to->down.data = down;
 	if (!p->cuda)
 		return 0;
-	packed = km_xmalloc(PACKING * (first + second));
-	for (int from = 0; rc >= 0 && from < count; from += PACKING) {
-		int some = count - from < PACKING ? count - from : PACKING;
-
-#pragma omp parallel for num_threads(p->threads) schedule(dynamic, 1)
-		for (int i = 0; i < some; i++)
-			if ((!w->packed_gate_up || !w->packed_gate_up[from + i]) &&
-			    twin_of(w->expert_gate, from + i) == from + i)
-				pack_expert(c, w, from + i, packed + (size_t)i * (first + second));
-		for (int i = 0; rc >= 0 && i < some; i++)
-			rc = put_packed(p, w, from + i, packed + (size_t)i * (first + second), to,
-			                err);
-	}
-	free(packed);
-	return rc;
+	mark = km_cuda_mark(p->cuda);
+	KM_TRY(km_cuda_take(p->cuda, &raw, raw_bytes(c, to->group), "an expert to be repacked", err));
+	for (int e = 0; e < count; e++)
+		KM_TRY(put_packed(p, w, e, raw, to, err));
+	km_cuda_rewind(p->cuda, mark);
+	return 0;
 }
 
 /* The kernels read all experts of a layer in one way: one that the quantiser left alone, among others,
