@@ -115,6 +115,18 @@ typedef struct kk_linear_slab_args {
 bool kk_linear_slab_fits(const km_weight *w, int tokens, enum kk_x_from from);
 cudaError_t kk_linear_slab(const kk_linear_slab_args *args, cudaStream_t stream);
 
+/* counts[id]++ for each of the `each` ids of the first *valid rows (all, without valid). Whole
+ * numbers, so the order of additions changes nothing. */
+typedef struct kk_count_args {
+	const int32_t *ids;        /* [rows, each], in [0, size of counts) */
+	const int32_t *valid;      /* or NULL */
+	unsigned long long *counts;
+	int rows, each;
+	bool pdl;
+} kk_count_args;
+
+cudaError_t kk_count(const kk_count_args *args, cudaStream_t stream);
+
 /* to[row, col] = bf16(w[row, col]) */
 cudaError_t kk_dequantize(const km_weight *w, void *to, cudaStream_t stream);
 

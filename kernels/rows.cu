@@ -1,5 +1,6 @@
 /*
- * What only moves or maps rows: embedding, gathering rows, SiLU times, rounding to bf16.
+ * What only moves, maps or counts rows: embedding, gathering rows, SiLU times, rounding to bf16,
+ * experts' loads.
  *
  * ROOFLINE
  *   Nothing is read twice: a launch of a few rows is as long as a launch (2 us, less when launches
@@ -122,4 +123,21 @@ cudaError_t kk_dequantize(const km_weight *w, void *to, cudaStream_t stream)
 	dim3 grid(blocks_for((size_t)w->cols), w->rows < MOST_BLOCKS ? w->rows : MOST_BLOCKS);
 
 	return launch(dequantize, grid, THREADS, false, stream, *w, (__nv_bfloat16 *)to);
+}
+
+__global__ void __launch_bounds__(THREADS) count(kk_count_args a)
+{
+	int rows, step = gridDim.x * THREADS;
+
+	ptx_release_successor();
+	ptx_wait_predecessor();
+	rows = a.valid ? min(*a.valid, a.rows) : a.rows;
+	for (int i = blockIdx.x * THREADS + threadIdx.x; i < rows * a.each; i += step)
+		atomicAdd(&a.counts[a.ids[i]], 1ull);
+}
+
+cudaError_t kk_count(const kk_count_args *a, cudaStream_t stream)
+{
+	return launch(count, dim3(blocks_for((size_t)a->rows * a->each)), THREADS, a->pdl, stream,
+	              *a);
 }

@@ -192,7 +192,7 @@ static const km_option table[] = {
 	REFUSED("attention-backend", "NAME", "kernels are chosen by shape; see --explain"),
 	REFUSED("deepep-mode", "NAME", "expert parallelism is not built"),
 	REFUSED("enable-eplb", NULL, "expert parallelism is not built"),
-	REFUSED("cuda-graph-max-bs", "N", "graphs are captured for the steps that come"),
+	REFUSED("cuda-graph-max-bs", "N", "graphs of up to 256 rows are captured"),
 	REFUSED("speculative-algorithm", "NAME", "speculative decoding is not built"),
 	REFUSED("speculative-num-steps", "N", "speculative decoding is not built"),
 	REFUSED("speculative-eagle-topk", "N", "speculative decoding is not built"),
@@ -427,11 +427,13 @@ static int run_server(const struct options *o, km_service *service)
 static int save_expert_stats(const char *path, const km_engine *engine)
 {
 	const km_config *c = km_engine_config(engine);
-	const int64_t *counts = km_engine_expert_counts(engine);
+	const int64_t *counts;
 	km_buf text = KM_BUF_INIT;
 	km_err err;
 	int rc;
 
+	if (km_engine_expert_counts(engine, &counts, &err) < 0)
+		return complain(&err);
 	km_buf_printf(&text, "{\"n_routed_experts\":%d,\"num_experts_per_tok\":%d,\"layers\":[",
 	              c->n_routed_experts, c->num_experts_per_tok);
 	for (int l = 0; l < c->num_hidden_layers; l++, counts += c->n_routed_experts) {

@@ -12,6 +12,8 @@
 
 #include <stdint.h>
 
+#include "device/draw.h"
+
 typedef struct km_batch {
 	int tokens, seqs, decode_seqs;
 	const int32_t *ids;       /* [tokens], each in [0, vocab) */
@@ -23,6 +25,13 @@ typedef struct km_batch {
 	int pages_per_seq, page_size;
 	const int32_t *logit_row; /* [logit_rows], the rows whose logits are wanted */
 	int logit_rows;
+	/* What a backend that can draws tokens from, or NULL: logits are all that is wanted. A backend
+	 * that cannot leaves `drawn` alone. */
+	const km_draw *draw;          /* [logit_rows] */
+	const km_draw_entry *entries; /* [entry_count] */
+	int entry_count;
+	int32_t *drawn; /* [logit_rows], KM_DRAWN_BY_HOST from the caller: tokens, whose rows of logits
+	                 * are then nowhere */
 } km_batch;
 
 #endif

@@ -237,6 +237,19 @@ int km_cuda_ops_gather(km_cuda *cuda, const int32_t *rows, int count, const void
 	return checked(kk_gather(&args, cuda->stream), "gather", err);
 }
 
+int km_cuda_ops_count(km_cuda *cuda, const int32_t *ids, int rows, int each, const int32_t *valid,
+                      int64_t *counts, km_err *err)
+{
+	kk_count_args args = { .ids = ids,
+		               .valid = valid,
+		               .counts = (unsigned long long *)counts,
+		               .rows = rows,
+		               .each = each,
+		               .pdl = overlaps(cuda) };
+
+	return checked(kk_count(&args, cuda->stream), "counting", err);
+}
+
 int km_cuda_ops_dequantize(km_cuda *cuda, const km_weight *w, void *to, km_err *err)
 {
 	return checked(kk_dequantize(w, to, cuda->stream), "dequantization", err);

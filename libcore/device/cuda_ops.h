@@ -96,6 +96,9 @@ int km_cuda_ops_silu_mul(km_cuda *cuda, const float *gate, const float *up, void
 /* to[i] = from[rows[i]], rows of `bytes`, a multiple of 4 */
 int km_cuda_ops_gather(km_cuda *cuda, const int32_t *rows, int count, const void *from, void *to,
                        int bytes, km_err *err);
+/* counts[id]++ for each id of the first *valid of `rows` rows of `each` (all, without valid). */
+int km_cuda_ops_count(km_cuda *cuda, const int32_t *ids, int rows, int each, const int32_t *valid,
+                      int64_t *counts, km_err *err);
 int km_cuda_ops_dequantize(km_cuda *cuda, const km_weight *w, void *to, km_err *err); /* to bf16 */
 
 /*

@@ -32,6 +32,7 @@ void km_engine_publish(km_engine *e)
 		.prefix_hits = e->scheduler.prefix_hits,
 		.preemptions = e->scheduler.preemptions,
 		.steps = e->steps,
+		.forward_ns = e->forward_ns,
 	};
 
 	pthread_mutex_lock(&e->lock);

@@ -107,6 +107,7 @@ typedef struct km_engine_stats {
 	int64_t prompt_tokens, generation_tokens; /* since start */
 	int64_t prefix_queries, prefix_hits;      /* in tokens, since start */
 	int64_t preemptions, steps;
+	int64_t forward_ns; /* of the engine's thread, in the model */
 } km_engine_stats;
 
 typedef struct km_engine km_engine;
@@ -142,9 +143,9 @@ void km_engine_explain(const km_engine *engine, km_buf *out);
  * reason. Any thread. */
 bool km_engine_has_failed(const km_engine *engine, km_err *err);
 /* How often each expert was chosen since the start: [num_hidden_layers, n_routed_experts], a dense
- * layer's zero; NULL unless count_experts. To be read while no request runs. The last layer computes
+ * layer's zero; NULL unless count_experts. To be called while no request runs. The last layer computes
  * only rows whose logits are wanted: of a prompt, mostly the last. */
-const int64_t *km_engine_expert_counts(const km_engine *engine);
+int km_engine_expert_counts(const km_engine *engine, const int64_t **counts, km_err *err);
 /* Drops reusable prefixes; KM_EINVAL while requests run. */
 int km_engine_flush_cache(km_engine *engine);
 

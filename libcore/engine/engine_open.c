@@ -110,6 +110,8 @@ static void decide_shape(const km_engine_options *o, const km_config *config, de
 		.gpu = o->gpu,
 		.page_size = o->page_size,
 		.disable_graphs = o->disable_graphs,
+		.capture_at_open = true,
+		.count_experts = o->count_experts,
 		.moe_config_dir = o->moe_config_dir,
 		.require_tuned = o->require_tuned,
 		.quiet = o->quiet,
@@ -280,6 +282,7 @@ static void fill_backend(km_backend *backend, real_backend *real)
 
 	*backend = (km_backend){ .vocab_size = config->vocab_size, .ctx = real, .forward = forward,
 	                         .token_bytes = token_bytes };
+	backend->draws = km_model_draws(real->model);
 	backend->added_from = km_tokenizer_base_size(real->tokenizer);
 	for (int32_t id = 0; id < vocab; id++)
 		if (km_tokenizer_bytes(real->tokenizer, id, &len) && len > backend->max_token_bytes)
@@ -334,9 +337,6 @@ int km_engine_open(km_engine **engine, const km_engine_options *options, km_err 
 	int rc = load_and_decide(options, &d, err);
 
 	*engine = NULL;
-	if (rc >= 0 && options->count_experts && options->backend != KM_BACKEND_CPU)
-		rc = km_fail(err, KM_EUNSUPPORTED,
-		             "experts are counted on the CPU only; this engine is to run on a GPU");
 	if (rc >= 0)
 		rc = open_real(real, options->model_dir, &d.model, err);
 	if (rc < 0) {
@@ -375,9 +375,10 @@ const km_config *km_engine_config(const km_engine *engine)
 	return km_model_config(engine->model);
 }
 
-const int64_t *km_engine_expert_counts(const km_engine *engine)
+int km_engine_expert_counts(const km_engine *engine, const int64_t **counts, km_err *err)
 {
-	return engine->expert_counts;
+	*counts = engine->expert_counts;
+	return km_model_fetch_expert_counts(engine->model, err);
 }
 
 const km_tokenizer *km_engine_tokenizer(const km_engine *engine)
@@ -407,7 +408,10 @@ void km_engine_explain(const km_engine *engine, km_buf *out)
 	km_buf_puts(out, "end of sequence   ");
 	for (int i = 0; i < engine->backend.eos_count; i++)
 		km_buf_printf(out, " %d", (int)engine->backend.eos[i]);
-	km_buf_printf(out, "\nsampler            %s, %d threads over the rows of a step\n",
+	km_buf_printf(out, "\nsampler            %s%s, %d threads over the rows of a step\n",
+	              engine->backend.draws ? "on the GPU; for log-probabilities, and where more "
+	                                      "than 4096 candidates or 32768 penalties meet, "
+	                                    : "",
 	              km_vocab_best()->name, engine->shape.threads);
 	km_model_explain(engine->model, out);
 }

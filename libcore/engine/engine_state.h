@@ -25,6 +25,7 @@ typedef struct km_backend {
 	size_t max_token_bytes;
 	int eos_count;
 	int32_t eos[KM_MAX_EOS + 3];
+	bool draws;             /* forward does as km_batch.draw says */
 	void *ctx;
 	int (*forward)(void *ctx, const km_batch *batch, const float **logits, km_err *err);
 	const char *(*token_bytes)(void *ctx, int32_t id, size_t *len); /* NULL: none */
@@ -88,6 +89,9 @@ typedef struct km_step {
 	int32_t *seq_start, *kv_len;      /* [max_running + 1] */
 	int32_t *pages;       /* [max_running, pages of a context] */
 	int32_t *logit_row;   /* [max_running + score_rows] */
+	km_draw *draws;       /* [max_running + score_rows], or NULL: the backend draws nothing */
+	km_draw_entry *entries; /* [KM_DRAW_ENTRIES] */
+	int32_t *drawn;       /* [max_running + score_rows] */
 	km_buf text;          /* of the event being made */
 } km_step;
 
@@ -97,7 +101,7 @@ struct km_engine {
 	km_pages pages;
 	km_scheduler scheduler;
 	km_step step;
-	int64_t prompt_tokens, generation_tokens, steps;
+	int64_t prompt_tokens, generation_tokens, steps, forward_ns;
 	uint64_t random; /* seeds of requests that bring none */
 
 	pthread_t thread;

@@ -626,3 +626,21 @@ int km_sampler_score(km_sampler *s, const float *logits, int32_t id, int top, km
 	fill_logprobs(s, &r, top, out);
 	return 0;
 }
+
+km_draw km_sampler_draw(const km_sample_args *args, int vocab_size)
+{
+	const km_sampling *p = args->sampling;
+
+	return (km_draw){
+		.seed = args->seed,
+		.index = args->index,
+		.top_p = p->top_p,
+		.min_p = p->min_p,
+		.frequency = p->frequency_penalty,
+		.presence = p->presence_penalty,
+		.scale = p->temperature < GREEDY_BELOW ? 0 : (float)(1 / p->temperature),
+		.repetition = (float)p->repetition_penalty,
+		.top_k = p->top_k > 0 && p->top_k < vocab_size ? p->top_k : 0,
+		.by_device = 1,
+	};
+}

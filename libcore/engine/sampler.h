@@ -7,6 +7,8 @@
  * top_k left, renormalised; min_p, against the best token's probability; a draw. Of tokens with
  * equal logits the lower id comes first in every selection.
  *
+ * A draw takes what the selections left in the order of ids.
+ *
  * top_p keeps the smallest set of best tokens whose sum reaches it. vLLM applies min_p before
  * top_k and top_p; SGLang last, as here: the two differ only where both cut.
  *
@@ -25,6 +27,7 @@
 #include <stdint.h>
 
 #include "base/err.h"
+#include "device/draw.h"
 
 enum { KM_MAX_LOGPROBS = 20 };
 
@@ -93,6 +96,9 @@ typedef struct km_sampled {
 /* KM_EFORMAT when the logits hold a NaN or +infinity, or nothing but -infinity. */
 int km_sampler_sample(km_sampler *sampler, const km_sample_args *args, km_sampled *out,
                       km_err *err);
+
+/* The same draw for a device (device/draw.h), without entries: their places are the caller's. */
+km_draw km_sampler_draw(const km_sample_args *args, int vocab_size);
 
 /* The log-probability of `id` under logits, and of the `top` best. */
 int km_sampler_score(km_sampler *sampler, const float *logits, int32_t id, int top, km_sampled *out,

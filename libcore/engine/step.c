@@ -34,6 +34,11 @@ void km_step_init(km_step *step, const km_engine *engine)
 	step->kv_len = km_xcalloc(seqs + 1, sizeof(int32_t));
 	step->pages = km_xreallocarray(NULL, seqs * pages, sizeof(int32_t));
 	step->logit_row = km_xcalloc(wanted, sizeof(int32_t));
+	step->drawn = km_xcalloc(wanted, sizeof(int32_t));
+	if (engine->backend.draws) {
+		step->draws = km_xcalloc(wanted, sizeof(*step->draws));
+		step->entries = km_xcalloc(KM_DRAW_ENTRIES, sizeof(*step->entries));
+	}
 	step->samplers = km_xcalloc((size_t)shape->threads, sizeof(km_sampler *));
 	for (int i = 0; i < shape->threads; i++)
 		step->samplers[i] = km_sampler_new(engine->backend.vocab_size);
@@ -54,6 +59,9 @@ void km_step_release(km_step *step, const km_engine *engine)
 	free(step->kv_len);
 	free(step->pages);
 	free(step->logit_row);
+	free(step->draws);
+	free(step->entries);
+	free(step->drawn);
 	km_buf_release(&step->text);
 }
 
@@ -139,25 +147,93 @@ static void make_batch(km_engine *engine, km_batch *batch)
 	};
 }
 
-/* ---- logits to tokens ---- */
+/* ---- what the backend is to draw ---- */
 
-static int do_job(const km_job *job, km_sampler *sampler, const float *logits, km_sampled *out,
-                  km_err *err)
+static km_sample_args sample_args(const km_job *job, const float *logits)
 {
 	const km_sample *sample = job->sample;
-	const km_request *r = sample->request;
-	km_sample_args args = {
+
+	return (km_sample_args){
 		.logits = logits,
-		.sampling = &r->sampling,
+		.sampling = &sample->request->sampling,
 		.counts = sample->has_counts ? &sample->counts : NULL,
 		.seed = sample->seed,
 		.index = sample->draws,
-		.logprobs = r->logprobs,
+		.logprobs = sample->request->logprobs,
 	};
+}
 
+/* Biases, then counts, from `at` on; what follows them. */
+static int lay_entries(km_draw *draw, const km_sample_args *args, km_draw_entry *entries, int at)
+{
+	const km_sampling *p = args->sampling;
+	const km_counts *counts = args->counts;
+
+	draw->bias_from = at;
+	draw->biases = p->bias_count;
+	for (int i = 0; i < p->bias_count; i++)
+		entries[at++] = (km_draw_entry){ .id = p->bias[i].id, .bias = p->bias[i].bias };
+	draw->counts_from = at;
+	draw->counts = counts ? counts->count : 0;
+	for (int i = 0; i < draw->counts; i++)
+		entries[at++] =
+			(km_draw_entry){ .id = counts->id[i], .output = counts->output[i] };
+	return at;
+}
+
+/* Log-probabilities are the host's, and rows with more to be told than fits. */
+static void plan_draws(km_engine *engine, km_batch *batch)
+{
+	km_step *step = &engine->step;
+	int at = 0;
+
+	for (int i = 0; i < step->job_count; i++) {
+		km_sample_args args = sample_args(&step->jobs[i], NULL);
+		int biases = args.sampling->bias_count;
+		int entries = biases + (args.counts ? args.counts->count : 0);
+
+		step->drawn[i] = KM_DRAWN_BY_HOST;
+		if (!step->draws)
+			continue;
+		step->draws[i] = (km_draw){ .by_device = 0 };
+		if (!step->jobs[i].next || args.logprobs >= 0 || biases > KM_DRAW_BIASES ||
+		    entries > KM_DRAW_ENTRIES - at)
+			continue;
+		step->draws[i] = km_sampler_draw(&args, engine->backend.vocab_size);
+		at = lay_entries(&step->draws[i], &args, step->entries, at);
+	}
+	batch->draw = step->draws;
+	batch->entries = step->entries;
+	batch->entry_count = at;
+	batch->drawn = step->drawn;
+}
+
+/* ---- logits to tokens ---- */
+
+/* A row that the backend refused to draw from has its biases and penalties in it. */
+static int do_job(const km_engine *engine, int at, km_sampler *sampler, const float *logits,
+                  km_sampled *out, km_err *err)
+{
+	const km_step *step = &engine->step;
+	const km_job *job = &step->jobs[at];
+	const km_request *r = job->sample->request;
+	km_sample_args args = sample_args(
+		job, logits + (size_t)at * (size_t)engine->backend.vocab_size);
+	km_sampling adjusted = r->sampling;
+
+	if (step->drawn[at] != KM_DRAWN_BY_HOST) {
+		KM_ASSERT(step->drawn[at] >= 0 && step->drawn[at] < engine->backend.vocab_size);
+		*out = (km_sampled){ .id = step->drawn[at] };
+		return 0;
+	}
+	if (step->draws && step->draws[at].by_device) {
+		adjusted.bias_count = 0;
+		args.sampling = &adjusted;
+		args.counts = NULL;
+	}
 	if (job->next)
 		return km_sampler_sample(sampler, &args, out, err);
-	return km_sampler_score(sampler, logits, sample->seq.ids[job->position + 1],
+	return km_sampler_score(sampler, args.logits, job->sample->seq.ids[job->position + 1],
 	                        r->logprobs > 0 ? r->logprobs : 0, out, err);
 }
 
@@ -165,8 +241,17 @@ static void draw_job(km_engine *engine, int at, const float *logits)
 {
 	km_job *job = &engine->step.jobs[at];
 
-	job->rc = do_job(job, engine->step.samplers[omp_get_thread_num()],
-	                 logits + (size_t)at * (size_t)engine->backend.vocab_size, &job->out, NULL);
+	job->rc = do_job(engine, at, engine->step.samplers[omp_get_thread_num()], logits, &job->out,
+	                 NULL);
+}
+
+static int count_undrawn(const km_step *step)
+{
+	int count = 0;
+
+	for (int i = 0; i < step->job_count; i++)
+		count += step->drawn[i] == KM_DRAWN_BY_HOST;
+	return count;
 }
 
 /* A region of one thread is a team to libgomp, which would be made with malloc in place of the
@@ -175,7 +260,7 @@ static void do_jobs(km_engine *engine, const float *logits)
 {
 	int count = engine->step.job_count, threads = engine->shape.threads;
 
-	if (count == 1 || threads == 1) {
+	if (count_undrawn(&engine->step) <= 1 || threads == 1) {
 		for (int i = 0; i < count; i++)
 			draw_job(engine, i, logits);
 		return;
@@ -325,9 +410,7 @@ static int deliver_chunk(km_engine *engine, const km_chunk *chunk, const float *
 		if (over)
 			continue; /* sample may be gone: its address is only compared */
 		if (job->rc < 0) {
-			do_job(job, step->samplers[0],
-			       logits + (size_t)at * (size_t)engine->backend.vocab_size, &job->out,
-			       &err);
+			do_job(engine, at, step->samplers[0], logits, &job->out, &err);
 			fail_sample(engine, sample, err.msg);
 			over = true;
 		} else if (job->next) {
@@ -363,14 +446,20 @@ int km_step_run(km_engine *engine, km_err *err)
 	km_step *step = &engine->step;
 	const float *logits = NULL;
 	km_batch batch;
+	int64_t start;
+	int rc;
 
 	step->chunk_count = km_scheduler_plan(&engine->scheduler, step->chunks);
 	KM_ASSERT(step->chunk_count > 0);
 	for (int i = 0; i < step->chunk_count; i++)
 		note_admission(engine, (km_sample *)step->chunks[i].seq);
 	make_batch(engine, &batch);
+	plan_draws(engine, &batch);
 	km_engine_publish(engine);
-	KM_TRY(engine->backend.forward(engine->backend.ctx, &batch, &logits, err));
+	start = km_now_ns();
+	rc = engine->backend.forward(engine->backend.ctx, &batch, &logits, err);
+	engine->forward_ns += km_now_ns() - start;
+	KM_TRY(rc);
 	engine->steps++;
 	do_jobs(engine, logits);
 	for (int i = 0; i < step->chunk_count; i++)

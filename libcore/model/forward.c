@@ -177,6 +177,13 @@ static int check_batch(const km_model *m, const km_batch *b, km_err *err)
 	return 0;
 }
 
+int km_forward_prepare(km_model *m, km_err *err)
+{
+	if (!m->steps->prepare || !m->options.capture_at_open)
+		return 0;
+	return m->steps->prepare(m, km_steps_run, err);
+}
+
 int km_model_forward(km_model *m, const km_batch *batch, const float **logits, km_err *err)
 {
 	int rc;

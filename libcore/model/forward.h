@@ -14,6 +14,8 @@
 typedef int km_run_steps(km_model *m, const km_batch *batch, km_err *err);
 
 typedef struct km_steps {
+	/* At open, for options.capture_at_open; or NULL. */
+	int (*prepare)(km_model *m, km_run_steps *run, km_err *err);
 	/* The batch, and the rows that the last layer keeps of it (m->kept), are there to be used.
 	 * */
 	int (*begin)(km_model *m, const km_batch *batch, km_err *err);
@@ -44,6 +46,8 @@ int km_steps_run_head(km_model *m, km_err *err);
 
 /* Which rows the last layer keeps, and the batch that they make: before `begin`. */
 void km_kept_choose(km_kept *kept, const km_batch *batch);
+int km_forward_prepare(km_model *m, km_err *err);
+
 void km_kept_init(km_kept *kept, const km_model_options *options);
 void km_kept_release(km_kept *kept);
 

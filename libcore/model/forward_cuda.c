@@ -5,13 +5,14 @@
  * norm or the SiLU before it, and attention may write its rows' KV.
  *
  * A step's arrays (ids, pages, the pieces of attention) are laid side by side in pinned memory and
- * sent at once; then everything is enqueued, and the host waits once, for the logits.
+ * sent at once; then everything is enqueued, and the host waits once, for the tokens drawn or, of
+ * rows that it draws from itself, the logits.
  *
  * A step that only generates is padded to one of few numbers of rows and of cached tokens (the
  * "form" of the step): rows of padding have no cached tokens, write no KV and select no expert. The
- * first step of a form is launched kernel by kernel, the second is captured as it is launched,
- * later ones replay the graph. Without graphs the steps are padded all the same, so the kernels and
- * the numbers are the same.
+ * usual forms are captured at open; of others the first step is launched kernel by kernel, the
+ * second is captured as it is launched, later ones replay the graph. Without graphs the steps are
+ * padded all the same, so the kernels and the numbers are the same.
  *
  * The last layer: rows that nobody wants the logits of have their KV written and are left there;
  * the stream of the others moves to kept_stream, and q is computed for them alone. A step that
@@ -23,6 +24,9 @@
 
 #include <string.h>
 
+#include "base/clock.h"
+#include "base/progress.h"
+#include "device/cuda_sampler.h"
 #include "model/router.h"
 
 /* What enqueues an op of the step, unless it is left out. */
@@ -38,7 +42,7 @@ static const void *pack(const km_gpu *g, size_t *at, const void *from, size_t by
 	if (from)
 		memcpy(g->staging + *at, from, bytes);
 	*at += (bytes + 255) / 256 * 256;
-	KM_ASSERT(*at <= g->b.batch_bytes);
+	KM_ASSERT(*at <= g->b.entries_at);
 	return there;
 }
 
@@ -111,6 +115,31 @@ static void pack_logit_rows(km_gpu *g, const km_kept *kept, const km_batch *batc
 	g->logit_from = moved ? pack_ids(g, at, NULL, batch->logit_rows) : NULL;
 }
 
+/* How `rows` rows of logits, at least those of the batch, are drawn from. */
+static void pack_draws(km_gpu *g, const km_batch *batch, int rows, size_t *at)
+{
+	km_draw *to = (km_draw *)(void *)(g->staging + *at);
+
+	for (int i = 0; i < rows; i++)
+		to[i] = batch->draw && i < batch->logit_rows ? batch->draw[i]
+		                                             : (km_draw){ .by_device = 0 };
+	g->draw = pack(g, at, NULL, (size_t)rows * sizeof(*to));
+}
+
+/* Entries have a place of their own, which graphs know. */
+static int send(const km_gpu *g, const km_batch *batch, size_t bytes, km_err *err)
+{
+	size_t entries = (size_t)batch->entry_count * sizeof(*batch->entries);
+
+	KM_TRY(km_cuda_send(g->cuda, g->b.batch, g->staging, bytes, err));
+	if (!batch->draw || !entries)
+		return 0;
+	KM_ASSERT(batch->entry_count <= KM_DRAW_ENTRIES);
+	memcpy(g->staging + g->b.entries_at, batch->entries, entries);
+	return km_cuda_send(g->cuda, g->b.batch + g->b.entries_at, g->staging + g->b.entries_at,
+	                    entries, err);
+}
+
 /* ---- steps that only generate ---- */
 
 enum { LEAST_LONGEST = 1024, MOST_GRAPH_ROWS = 256 };
@@ -176,14 +205,13 @@ static const int32_t *pack_pages(const km_gpu *g, size_t *at, const km_batch *ba
 	return pack_ids(g, at, NULL, rows * width);
 }
 
-static void pack_generating(km_model *m, const km_batch *batch, size_t *at)
+static void pack_generating(km_model *m, const km_batch *batch, int rows, size_t *at)
 {
 	km_gpu *g = m->gpu;
 	km_gpu_batch *b = &g->all;
-	int rows = rounded_rows(batch->tokens), tokens = batch->tokens;
+	int tokens = batch->tokens;
 	int32_t valid = tokens;
 
-	g->longest = rounded_length(m, longest_of(batch));
 	b->tokens = b->decode_seqs = rows;
 	b->page_size = batch->page_size;
 	b->pages_per_seq = (g->longest + batch->page_size - 1) / batch->page_size;
@@ -192,6 +220,7 @@ static void pack_generating(km_model *m, const km_batch *batch, size_t *at)
 	b->slots = pack_padded(g, at, batch->slots, tokens, rows, -1);
 	b->kv_len = pack_padded(g, at, batch->kv_len, tokens, rows, 0);
 	g->valid = pack_ids(g, at, &valid, 1);
+	pack_draws(g, batch, rows, at);
 	b->pages = pack_pages(g, at, batch, rows, b->pages_per_seq);
 	b->prefill.waves = 0;
 	g->logit_from = NULL;
@@ -213,8 +242,9 @@ static int begin(km_model *m, const km_batch *batch, km_err *err)
 	g->normed = g->b.normed;
 	g->generating = only_generates(m, batch);
 	if (g->generating) {
-		pack_generating(m, batch, &bytes);
-		return km_cuda_send(g->cuda, g->b.batch, g->staging, bytes, err);
+		g->longest = rounded_length(m, longest_of(batch));
+		pack_generating(m, batch, rounded_rows(batch->tokens), &bytes);
+		return send(g, batch, bytes, err);
 	}
 	g->valid = NULL;
 	g->longest = longest_of(batch);
@@ -223,7 +253,8 @@ static int begin(km_model *m, const km_batch *batch, km_err *err)
 	if (!g->whole)
 		KM_TRY(pack_kept(g, &m->kept, &bytes, err));
 	pack_logit_rows(g, &m->kept, batch, &bytes);
-	return km_cuda_send(g->cuda, g->b.batch, g->staging, bytes, err);
+	pack_draws(g, batch, batch->logit_rows, &bytes);
+	return send(g, batch, bytes, err);
 }
 
 /* The place of this form among those seen; NULL when there is no room for another. */
@@ -273,6 +304,82 @@ static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err 
 		KM_TRY(capture(m, form, run, err));
 	g->replays++;
 	return km_cuda_graph_launch(g->cuda, form->graph, err);
+}
+
+/* ---- graphs at open ---- */
+
+enum { LONGEST_AT_OPEN = 4096 };
+
+/* A step of g->longest cached tokens in which every row is padding: run, so that all that a first
+ * launch looks up is there, then captured. */
+static int prepare_form(km_model *m, int rows, km_run_steps *run, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	km_batch none = { .page_size = m->options.page_size, .pages_per_seq = 1 };
+	km_gpu_form *form;
+	size_t bytes = 0;
+
+	g->stream = g->b.stream;
+	g->normed = g->b.normed;
+	pack_generating(m, &none, rows, &bytes);
+	form = find_form(g);
+	if (!form)
+		return 0;
+	form->seen = 2;
+	KM_TRY(send(g, &none, bytes, err));
+	KM_TRY(run(m, &g->padded, err));
+	KM_TRY(km_cuda_wait(g->cuda, err));
+	return capture(m, form, run, err);
+}
+
+static int most_graph_rows(const km_model *m)
+{
+	const km_gpu *g = m->gpu;
+	int rows = rounded_rows(m->options.max_seqs), most = MOST_GRAPH_ROWS;
+
+	most = most < g->b.rows ? most : g->b.rows;
+	most = most < g->b.logit_rows ? most : g->b.logit_rows;
+	return rows < most ? rows : most;
+}
+
+static int prepare_all(km_model *m, km_run_steps *run, km_progress *progress, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	int most = most_graph_rows(m);
+
+	for (int length = LEAST_LONGEST; length <= LONGEST_AT_OPEN; length *= 2) {
+		g->longest = rounded_length(m, length);
+		for (int rows = 1; rows <= most; rows = rounded_rows(rows + 1)) {
+			if (run)
+				KM_TRY(prepare_form(m, rows, run, err));
+			km_progress_add(progress, 1);
+		}
+		if (g->longest == m->options.max_context)
+			break;
+	}
+	return 0;
+}
+
+static int prepare(km_model *m, km_run_steps *run, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	km_progress count = { .quiet = true }, progress;
+	size_t before, after;
+	int64_t start = km_now_ns();
+	int rc;
+
+	if (m->options.disable_graphs)
+		return 0;
+	prepare_all(m, NULL, &count, NULL);
+	KM_TRY(km_cuda_free_bytes(m->options.gpu, &before, err));
+	km_progress_init(&progress, "capturing", "graphs", count.done, m->options.quiet);
+	rc = prepare_all(m, run, &progress, err);
+	km_progress_finish(&progress);
+	KM_TRY(rc);
+	KM_TRY(km_cuda_free_bytes(m->options.gpu, &after, err));
+	g->graph_bytes = before > after ? before - after : 0;
+	g->capture_seconds = (double)(km_now_ns() - start) / 1e9;
+	return 0;
 }
 
 static int embed(km_model *m, const km_batch *batch, km_err *err)
@@ -534,6 +641,12 @@ static int route(const km_model *m, const km_gpu_layer *layer, int tokens, km_er
 	return km_cuda_router_run(g->cuda, KM_PART_GATE, &plan, &shape, &buffers, err);
 }
 
+static int64_t *counts_of(const km_model *m, const km_gpu_layer *layer)
+{
+	return m->gpu->b.expert_counts +
+	       (layer - m->gpu->weights.layer) * m->config.n_routed_experts;
+}
+
 /* The routed sum, added to the stream. */
 static int routed_experts(const km_model *m, const km_gpu_layer *layer, int tokens, km_err *err)
 {
@@ -553,6 +666,9 @@ static int routed_experts(const km_model *m, const km_gpu_layer *layer, int toke
 	km_moe_plan plan;
 
 	KM_TRY(OP(g, KM_STEP_ROUTER, route(m, layer, tokens, err)));
+	if (g->b.expert_counts)
+		KM_TRY(km_cuda_ops_count(g->cuda, g->b.expert_ids, tokens, problem.top_k, g->valid,
+		                         counts_of(m, layer), err));
 	KM_TRY(km_moe_tuning_plan(&plan, &g->tuning, &problem, &device, NULL, err));
 	return OP(g, KM_STEP_EXPERTS,
 	          km_cuda_moe_run(g->cuda, &plan, &problem, &buffers, err));
@@ -639,6 +755,25 @@ static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *e
 	return routed_experts(m, l, tokens, err);
 }
 
+/* Tokens from the logits, where the batch asks for them. */
+static int draw(const km_model *m, int rows, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_cuda_sampling args = {
+		.logits = g->b.logits,
+		.draw = g->draw,
+		.entries = (const km_draw_entry *)(const void *)(g->b.batch + g->b.entries_at),
+		.drawn = g->b.drawn,
+		.rows = rows,
+		.vocab = m->config.vocab_size,
+	};
+
+	if (!km_model_draws(m))
+		return 0;
+	KM_TRY(km_cuda_sample(g->cuda, &args, err));
+	return km_cuda_fetch(g->cuda, g->drawn, g->b.drawn, (size_t)rows * sizeof(int32_t), err);
+}
+
 static int head(km_model *m, const km_batch *batch, km_err *err)
 {
 	const km_gpu *g = m->gpu;
@@ -657,22 +792,55 @@ static int head(km_model *m, const km_batch *batch, km_err *err)
 		          km_cuda_ops_gather(g->cuda, g->logit_from, rows, g->stream,
 		                             g->b.head_stream, hidden * 4, err)));
 	KM_TRY(linear_of_made(g, KM_STEP_FINAL_NORM, KM_STEP_HEAD, logits, err));
-	return OP(g, KM_STEP_RESULT,
-	          km_cuda_fetch(g->cuda, g->logits, g->b.logits,
-	                        (size_t)rows * (size_t)m->config.vocab_size * 4, err));
+	return OP(g, KM_STEP_RESULT, draw(m, rows, err));
+}
+
+static bool by_device(const km_batch *batch, int row)
+{
+	return batch->draw && batch->draw[row].by_device;
+}
+
+static int fetch_row(const km_model *m, int row, km_err *err)
+{
+	size_t vocab = (size_t)m->config.vocab_size, at = (size_t)row * vocab;
+
+	return km_cuda_fetch(m->gpu->cuda, m->gpu->logits + at, m->gpu->b.logits + at, vocab * 4,
+	                     err);
+}
+
+/* The rows that the host draws from, and then those that the device was to and refused. */
+static int fetch(const km_model *m, const km_batch *batch, km_err *err)
+{
+	int refused = 0;
+
+	for (int i = 0; i < batch->logit_rows; i++)
+		if (!by_device(batch, i))
+			KM_TRY(fetch_row(m, i, err));
+	KM_TRY(km_cuda_wait(m->gpu->cuda, err));
+	for (int i = 0; i < batch->logit_rows; i++) {
+		if (!by_device(batch, i))
+			continue;
+		batch->drawn[i] = m->gpu->drawn[i];
+		if (batch->drawn[i] != KM_DRAWN_BY_HOST)
+			continue;
+		KM_TRY(fetch_row(m, i, err));
+		refused++;
+	}
+	return refused ? km_cuda_wait(m->gpu->cuda, err) : 0;
 }
 
 /* The staging memory is the next step's from here on, whatever came of this one. */
 static int end(km_model *m, const km_batch *batch, int rc, const float **logits, km_err *err)
 {
-	int waited = km_cuda_wait(m->gpu->cuda, rc < 0 ? NULL : err);
-
-	(void)batch;
 	*logits = m->gpu->logits;
-	return rc < 0 ? rc : waited;
+	if (rc >= 0)
+		return fetch(m, batch, err);
+	km_cuda_wait(m->gpu->cuda, NULL);
+	return rc;
 }
 
 const km_steps km_gpu_steps = {
+	.prepare = prepare,
 	.begin = begin,
 	.replay = replay,
 	.embed = embed,

@@ -144,11 +144,11 @@ static size_t batch_bytes(const km_gpu_buffers *b, const km_model_options *o)
 
 	km_mla_prefill_capacity(&p, o->max_batch_tokens, o->max_seqs, o->max_context, b->room);
 	/* ids, positions, slots; kept: from, positions, no slots; kv_len twice, pages, logit rows;
-	 * pieces */
+	 * pieces; draws */
 	return 4 * (6 * rows + 2 * seqs + padded * pages_of(o) + (size_t)b->logit_rows) +
 	       2 * ((size_t)p.max_runs * sizeof(km_mla_run) +
 	            (size_t)p.max_tiles * sizeof(km_mla_tile)) +
-	       16 * ALIGN;
+	       (size_t)b->logit_rows * sizeof(km_draw) + 17 * ALIGN;
 }
 
 static uintptr_t lay_attention(km_gpu_buffers *b, const km_config *c, const km_model_options *o,
@@ -170,7 +170,7 @@ static uintptr_t lay_attention(km_gpu_buffers *b, const km_config *c, const km_m
 }
 
 static uintptr_t lay_mlp(km_gpu_buffers *b, const km_config *c, const km_weights *shapes,
-                         const km_cuda_info *info, uintptr_t at)
+                         const km_model_options *o, const km_cuda_info *info, uintptr_t at)
 {
 	size_t rows = (size_t)b->rows, width = (size_t)km_config_widest_mlp(c);
 	size_t experts = (size_t)c->n_routed_experts, top_k = (size_t)c->num_experts_per_tok;
@@ -191,6 +191,8 @@ static uintptr_t lay_mlp(km_gpu_buffers *b, const km_config *c, const km_weights
 	b->router = place(&at, rows, experts, 4);
 	b->expert_weights = place(&at, rows, top_k, 4);
 	b->expert_ids = place(&at, rows, top_k, 4);
+	if (o->count_experts)
+		b->expert_counts = place(&at, (size_t)c->num_hidden_layers, experts, 8);
 	b->router_scratch = place(&at, 1, km_cuda_router_scratch_bytes(&router), 1);
 	b->moe_scratch = place(&at, 1, km_moe_scratch_size(&problem, &device), 1);
 	return at;
@@ -215,12 +217,14 @@ void km_gpu_lay_out(km_gpu_buffers *b, const km_config *c, const km_weights *sha
 	b->kept_stream = place(&at, rows, hidden, 4);
 	b->kept_normed = place(&at, rows, hidden, 2);
 	at = lay_attention(b, c, o, info, at);
-	at = lay_mlp(b, c, shapes, info, at);
+	at = lay_mlp(b, c, shapes, o, info, at);
 	b->head_stream = place(&at, logits, hidden, 4);
 	b->head_normed = place(&at, logits, hidden, 2);
 	b->dequantized = place(&at, 1, largest_dequantized(shapes), 1);
-	b->batch_bytes = batch_bytes(b, o);
+	b->entries_at = (batch_bytes(b, o) + ALIGN - 1) / ALIGN * ALIGN;
+	b->batch_bytes = b->entries_at + KM_DRAW_ENTRIES * sizeof(km_draw_entry);
 	b->batch = place(&at, 1, b->batch_bytes, 1);
+	b->drawn = place(&at, logits, 1, 4);
 	start = at;
 	b->logits = place(&at, logits, (size_t)c->vocab_size, 4);
 	b->logits_bytes = at - start;
@@ -367,6 +371,7 @@ static int open_memory(km_gpu *g, const km_model *m, km_err *err)
 	KM_TRY(km_cuda_pin(g->cuda, (void **)&g->staging, g->b.batch_bytes, err));
 	KM_TRY(km_cuda_pin(g->cuda, (void **)&g->logits,
 	                   (size_t)g->b.logit_rows * (size_t)m->config.vocab_size * 4, err));
+	KM_TRY(km_cuda_pin(g->cuda, (void **)&g->drawn, (size_t)g->b.logit_rows * 4, err));
 	open_plan(&g->all.prefill, o, g->b.room);
 	open_plan(&g->kept.prefill, o, g->b.room);
 	return km_cuda_wait(g->cuda, err);
@@ -410,6 +415,14 @@ int km_gpu_open(km_model *m, const km_model_plan *plan, km_err *err)
 	return open_memory(g, m, err);
 }
 
+int km_gpu_fetch_expert_counts(km_model *m, km_err *err)
+{
+	size_t count = (size_t)m->config.num_hidden_layers * (size_t)m->config.n_routed_experts;
+
+	return km_cuda_download(m->gpu->cuda, m->expert_counts, m->gpu->b.expert_counts, count * 8,
+	                        err);
+}
+
 static void close_plan(km_mla_prefill_plan *p)
 {
 	free(p->runs);
@@ -428,6 +441,7 @@ void km_gpu_close(km_gpu *g)
 	if (g->cuda) {
 		km_cuda_unpin(g->cuda, g->staging);
 		km_cuda_unpin(g->cuda, g->logits);
+		km_cuda_unpin(g->cuda, g->drawn);
 	}
 	km_cuda_close(g->cuda);
 	close_plan(&g->all.prefill);
@@ -486,16 +500,16 @@ void km_gpu_explain(const km_model *m, km_buf *out)
 		m->options.gpu, g->info.name, g->info.toolkit, g->info.multiprocessors,
 		(double)g->loaded_bytes / 1e9, g->load_seconds,
 		(double)g->loaded_bytes / 1e9 / g->load_seconds);
-	km_buf_printf(out, "GPU activations: bf16 before linear layers, f32 between; logits go to "
-	                   "the host, whose "
-	                   "sampler draws\n");
-	km_buf_puts(out,
-	            m->options.disable_graphs
-	                    ? "GPU graphs: off; steps that only generate are padded all the same\n"
-	                    : "GPU graphs: steps that only generate, from the second of a number "
-	                      "of rows and "
-	                      "of cached tokens (powers of 2 from 1024) on; steps with prompts "
-	                      "have none\n");
+	km_buf_printf(out, "GPU activations: bf16 before linear layers, f32 between\n");
+	if (m->options.disable_graphs)
+		km_buf_puts(out,
+		            "GPU graphs: off; steps that only generate are padded all the same\n");
+	else
+		km_buf_printf(out,
+		              "GPU graphs: steps that only generate; %d captured at open in %.2f s, "
+		              "%.1f MB of device memory; others (more rows, or more cached tokens: "
+		              "powers of 2) at their second step; steps with prompts have none\n",
+		              g->forms, g->capture_seconds, (double)g->graph_bytes / 1e6);
 	if (!g->linear.blas)
 		km_buf_printf(out, "GPU matrix products without cuBLASLt: %s\n", g->no_blas.msg);
 	km_buf_printf(out, "GPU attention: %s\n",

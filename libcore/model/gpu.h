@@ -63,13 +63,15 @@ typedef struct km_gpu_buffers {
 	float *router;      /* [rows, experts] */
 	float *expert_weights; /* [rows, top_k] */
 	int32_t *expert_ids;
+	int64_t *expert_counts; /* [layers, experts], or NULL: not counted */
 	void *router_scratch, *moe_scratch;
 	float *head_stream; /* [logit rows, hidden] */
 	void *head_normed;
 	float *logits;     /* [logit rows, vocab] */
+	int32_t *drawn;    /* [logit rows] */
 	void *dequantized; /* bf16, the largest weight that needs it */
 	char *batch;       /* a step's arrays */
-	size_t bytes, logits_bytes, batch_bytes;
+	size_t bytes, logits_bytes, batch_bytes, entries_at; /* entries_at: in batch, to its end */
 	int rows, logit_rows, room;
 	int pages; /* of a sequence, at most */
 } km_gpu_buffers;
@@ -115,6 +117,8 @@ typedef struct km_gpu {
 	const float *cos_sin; /* device */
 	char *staging;        /* pinned: a step's arrays */
 	float *logits;        /* pinned */
+	int32_t *drawn;       /* pinned */
+	const km_draw *draw;  /* device, [logit rows] */
 	float *stream;        /* b.stream, or b.kept_stream from the last layer's cut on */
 	void *normed;
 	bool pdl;        /* launches may begin in their predecessor's tail */
@@ -126,6 +130,8 @@ typedef struct km_gpu {
 	int forms;
 	km_gpu_form form[KM_GPU_FORMS];
 	int64_t replays;
+	size_t graph_bytes; /* of device memory that the graphs captured at open took */
+	double capture_seconds;
 	uint32_t left_out; /* bits 1 << enum km_step_op that are not enqueued; 0 but to time the others */
 	km_gpu_batch all, kept; /* the step's batch, and what the last layer keeps of it */
 	const int32_t *kept_from, *no_slots, *logit_from; /* device */
@@ -139,6 +145,7 @@ int km_gpu_plan(const km_config *config, const km_model_options *options, km_mod
                 km_err *err);
 int km_gpu_open(km_model *model, const km_model_plan *plan, km_err *err);
 void km_gpu_close(km_gpu *gpu);
+int km_gpu_fetch_expert_counts(km_model *model, km_err *err);
 
 /* The experts' tuning file: looked up once, before any weight is read, and said on stderr: which it is, or
  * which part of its name missed. Without options.moe_config_dir there is none. KM_ENOTFOUND without one

@@ -131,8 +131,10 @@ static int open_parts(km_model *model, const char *dir, const km_model_random *r
 	KM_TRY(open_weights(model, dir, random, depth, err));
 	km_kept_init(&model->kept, &model->options);
 #if KM_CUDA
-	if (model->options.backend == KM_BACKEND_CUDA)
-		return km_gpu_open(model, &plan, err);
+	if (model->options.backend == KM_BACKEND_CUDA) {
+		KM_TRY(km_gpu_open(model, &plan, err));
+		return km_forward_prepare(model, err);
+	}
 #endif
 	return map_memory(model, err);
 }
@@ -185,12 +187,28 @@ const km_config *km_model_config(const km_model *model)
 	return &model->config;
 }
 
+bool km_model_draws(const km_model *model)
+{
+	return model->gpu && model->config.vocab_size <= KM_DRAW_VOCAB;
+}
+
 void km_model_set_trace(km_model *model, km_model_trace *trace)
 {
 	model->trace = trace;
 }
 
+int km_model_fetch_expert_counts(km_model *model, km_err *err)
+{
+#if KM_CUDA
+	if (model->gpu && model->expert_counts)
+		return km_gpu_fetch_expert_counts(model, err);
+#endif
+	(void)model, (void)err;
+	return 0;
+}
+
 void km_model_set_expert_counts(km_model *model, int64_t *counts)
 {
+	KM_ASSERT(!model->gpu || model->options.count_experts);
 	model->expert_counts = counts;
 }

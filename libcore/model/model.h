@@ -36,6 +36,8 @@ typedef struct km_model_options {
 	int gpu;                    /* of KM_BACKEND_CUDA, counted from 0 */
 	int page_size;              /* the least that a batch's pages have; 0: 1 */
 	bool disable_graphs;        /* of KM_BACKEND_CUDA: launch every step kernel by kernel */
+	bool capture_at_open;       /* the graphs of usual steps; else each when its second step comes */
+	bool count_experts;         /* of KM_BACKEND_CUDA: what km_model_set_expert_counts needs there */
 	const char *moe_config_dir; /* of KM_BACKEND_CUDA: the folder of tuning files, kept; NULL: none */
 	bool require_tuned;         /* of KM_BACKEND_CUDA: experts without a tuning file are refused */
 	bool quiet;                 /* no progress on stderr */
@@ -91,12 +93,16 @@ const km_config *km_model_config(const km_model *model);
  * wrong with a batch; nothing was computed then. */
 int km_model_forward(km_model *model, const km_batch *batch, const float **logits, km_err *err);
 
+/* Whether km_model_forward draws tokens where a batch has `draw`. */
+bool km_model_draws(const km_model *model);
+
 /* Adds each later step's ops to `trace` (kept; NULL: no more). On the CPU only. */
 void km_model_set_trace(km_model *model, km_model_trace *trace);
 
 /* Adds the experts that each later step's rows choose to counts [layers, experts] (kept; NULL: no
- * more). On the CPU only. */
+ * more). On a GPU they stay there until they are fetched. */
 void km_model_set_expert_counts(km_model *model, int64_t *counts);
+int km_model_fetch_expert_counts(km_model *model, km_err *err);
 
 /* Every kernel choice in words, one per line, into a km_buf. */
 void km_model_explain(const km_model *model, km_buf *out);

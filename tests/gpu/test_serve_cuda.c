@@ -71,6 +71,7 @@ static void open_server(struct server *s, enum km_kv_dtype kv_dtype, bool graphs
 	engine.backend = on_cpu ? KM_BACKEND_CPU : KM_BACKEND_CUDA;
 	engine.kv_dtype = kv_dtype;
 	engine.disable_graphs = !graphs;
+	engine.count_experts = true;
 	engine.quiet = true;
 	*s = (struct server){ .engine = NULL };
 	s->options = (km_service_options){
@@ -118,6 +119,29 @@ static void nothing_is_left(const struct server *s)
 	}
 	assert_int_equal(stats.running + stats.waiting, 0);
 	assert_int_equal(stats.pages_used, 0);
+}
+
+/* Every row of every layer but the last chose its experts, each layer as many, dense ones none. */
+static void experts_are_counted(const struct server *s)
+{
+	const km_config *c = km_engine_config(s->engine);
+	const int64_t *counts;
+	int64_t first = 0;
+	km_err err;
+
+	assert_int_equal(km_engine_expert_counts(s->engine, &counts, &err), 0);
+	assert_non_null(counts);
+	for (int l = 0; l < c->num_hidden_layers; l++) {
+		int64_t sum = 0;
+
+		for (int e = 0; e < c->n_routed_experts; e++)
+			sum += counts[l * c->n_routed_experts + e];
+		assert_int_equal(sum % c->num_experts_per_tok, 0);
+		assert_int_equal(sum > 0, km_config_is_moe_layer(c, l));
+		first = first ? first : sum;
+		if (sum && l < c->num_hidden_layers - 1)
+			assert_int_equal(sum, first);
+	}
 }
 
 /* ---- the evaluation ---- */
@@ -207,10 +231,13 @@ static void evaluate(enum km_kv_dtype kv_dtype, bool graphs, const char *what)
 	start = km_now_s() - start;
 	km_engine_stats_get(s.engine, &stats);
 	print_message("figure: kimi-nano, %s: %lld questions in %.2f s, %.0f generated tokens/s, "
-	              "%.0f steps/s\n",
+	              "%.0f steps/s; %.0f us a step in the model, %.0f outside\n",
 	              what, (long long)asked, start, (double)stats.generation_tokens / start,
-	              (double)stats.steps / start);
+	              (double)stats.steps / start,
+	              (double)stats.forward_ns / 1e3 / (double)stats.steps,
+	              (start * 1e6 - (double)stats.forward_ns / 1e3) / (double)stats.steps);
 	nothing_is_left(&s);
+	experts_are_counted(&s);
 	close_server(&s);
 	grade(what);
 }
