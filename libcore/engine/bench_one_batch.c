@@ -72,6 +72,8 @@ struct run {
 	int32_t *pages;                           /* [batch, pages_per_seq] */
 	int32_t *ids, *positions, *slots;         /* [rows] */
 	int32_t *seq_start, *kv_len, *logit_row;  /* [batch + 1], [batch], [batch] */
+	km_draw *draw; /* [batch], greedy; NULL: the model does not draw */
+	int32_t *drawn; /* [batch] */
 	km_batch step;
 	const float *logits;
 };
@@ -96,6 +98,12 @@ static void run_init(struct run *r, const km_bench_case *shape)
 	r->seq_start = km_xcalloc((size_t)batch + 1, sizeof(int32_t));
 	r->kv_len = km_xcalloc((size_t)batch, sizeof(int32_t));
 	r->logit_row = km_xcalloc((size_t)batch, sizeof(int32_t));
+	r->drawn = km_xcalloc((size_t)batch, sizeof(int32_t));
+	if (!km_model_draws(r->model))
+		return;
+	r->draw = km_xcalloc((size_t)batch, sizeof(*r->draw));
+	for (int i = 0; i < batch; i++)
+		r->draw[i] = (km_draw){ .top_p = 1, .repetition = 1, .by_device = 1 };
 }
 
 static void run_release(struct run *r)
@@ -107,6 +115,8 @@ static void run_release(struct run *r)
 	free(r->seq_start);
 	free(r->kv_len);
 	free(r->logit_row);
+	free(r->draw);
+	free(r->drawn);
 }
 
 static void clear_step(struct run *r, int first_seq)
@@ -121,7 +131,11 @@ static void clear_step(struct run *r, int first_seq)
 		.pages_per_seq = r->pages_per_seq,
 		.page_size = r->page_size,
 		.logit_row = r->logit_row,
+		.draw = r->draw,
+		.drawn = r->draw ? r->drawn : NULL,
 	};
+	for (int i = 0; i < r->shape.batch; i++)
+		r->drawn[i] = KM_DRAWN_BY_HOST;
 	r->seq_start[0] = 0;
 }
 
@@ -188,7 +202,9 @@ static void make_decode(struct run *r, int position, const int32_t *tokens)
 static void choose(const struct run *r, int32_t *tokens)
 {
 	for (int i = 0; i < r->step.logit_rows; i++)
-		tokens[i] = best_token(r->logits + (size_t)i * (size_t)r->vocab, r->vocab);
+		tokens[i] = r->drawn[i] != KM_DRAWN_BY_HOST
+		                    ? r->drawn[i]
+		                    : best_token(r->logits + (size_t)i * (size_t)r->vocab, r->vocab);
 }
 
 static int prefill(struct run *r, int most_steps, int32_t *tokens, int *steps, km_err *err)

@@ -39,6 +39,7 @@ void km_profile_costs(const km_model *m, const km_batch *batch, const km_batch *
 		.kept = kept,
 		.kv_dtype = m->options.kv_dtype,
 		.experts = experts,
+		.sums_where_made = m->options.backend == KM_BACKEND_CUDA,
 		.x_bytes = m->options.backend == KM_BACKEND_CUDA ? 2 : 4,
 	};
 

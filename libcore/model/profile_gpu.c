@@ -194,7 +194,8 @@ static int time_all(km_model *m, const km_batch *batch, const km_batch *run, int
 	for (int i = 0; i < KM_STEP_COUNT; i++)
 		p->op[i].cost = costs[i];
 	km_profile_layer_costs(m, batch, &l, distinct, p);
-	p->op[KM_STEP_RESULT].cost.calls = batch->logit_rows > 0;
+	p->op[KM_STEP_RESULT].cost.calls = batch->logit_rows > 0 && km_model_draws(m);
+	p->op[KM_STEP_RESULT].cost.bytes = 4.0 * batch->logit_rows * m->config.vocab_size;
 	return time_ops(m, run, p, err);
 }
 

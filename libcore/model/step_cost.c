@@ -24,17 +24,22 @@ static double bytes_of(const km_weight *w)
 	return w->rows ? (double)km_weight_bytes(w) : 0;
 }
 
-/* Outputs are f32, or as wide as inputs. */
-static void linear(struct walk *k, enum km_step_op op, double rows, const km_weight *w, bool narrow)
-{
-	double y = narrow ? k->s->x_bytes : 4;
+enum output { F32, AS_INPUT, TO_STREAM };
 
+static void linear(struct walk *k, enum km_step_op op, double rows, const km_weight *w,
+                   enum output output)
+{
+	double y = output == AS_INPUT ? k->s->x_bytes : 4;
+
+	if (output == TO_STREAM && k->s->sums_where_made)
+		y = 8;
 	add(k, op, bytes_of(w), rows * (k->s->x_bytes * (double)w->cols + y * w->rows),
 	    2 * rows * w->rows * w->cols);
 }
 
 static void norm(struct walk *k, enum km_step_op op, double rows, double size, bool sum)
 {
+	sum = sum && !k->s->sums_where_made;
 	add(k, op, 4 * size, rows * size * ((sum ? 12 : 4) + k->s->x_bytes),
 	    rows * size * (sum ? 5 : 4));
 }
@@ -60,15 +65,15 @@ static void project(struct walk *k, const km_batch *b, bool last)
 	double width = c->kv_lora_rank + c->qk_rope_head_dim, prompts = q_rows - b->decode_seqs;
 
 	norm(k, KM_STEP_INPUT_NORM, all, c->hidden_size, true);
-	linear(k, KM_STEP_QKV_A, all, &k->w->kv_a, false);
+	linear(k, KM_STEP_QKV_A, all, &k->w->kv_a, F32);
 	if (c->q_lora_rank && q_rows > 0) {
-		linear(k, KM_STEP_QKV_A, q_rows, &k->w->q_a, false);
+		linear(k, KM_STEP_QKV_A, q_rows, &k->w->q_a, F32);
 		norm(k, KM_STEP_Q_A_NORM, q_rows, c->q_lora_rank, false);
 		k->costs[KM_STEP_QKV_A].calls--; /* one launch, and x is read once */
 		k->costs[KM_STEP_QKV_A].bytes -= q_rows * k->s->x_bytes * (double)c->hidden_size;
 	}
 	if (q_rows > 0)
-		linear(k, KM_STEP_Q_B, q_rows, c->q_lora_rank ? &k->w->q_b : &k->w->q_proj, true);
+		linear(k, KM_STEP_Q_B, q_rows, c->q_lora_rank ? &k->w->q_b : &k->w->q_proj, AS_INPUT);
 	add(k, KM_STEP_ROPE_KV, 0,
 	    all * (4 * width + kv_token_bytes(k)) +
 	            2 * k->s->x_bytes * prompts * c->num_attention_heads * c->qk_rope_head_dim,
@@ -88,7 +93,7 @@ static void attend(struct walk *k, const km_batch *b)
 		add(k, KM_STEP_MLA_DECODE, bytes_of(&k->w->kv_b) + cached * kv_token_bytes(k),
 		    x * b->decode_seqs * head_values(c),
 		    2 * (b->decode_seqs * made * lora + heads * cached * (2 * lora + rope)));
-	linear(k, KM_STEP_O, b->tokens, &k->w->o, false);
+	linear(k, KM_STEP_O, b->tokens, &k->w->o, TO_STREAM);
 	if (prompts <= 0)
 		return;
 	k->cached = k->seen = 0;
@@ -109,12 +114,12 @@ static void mlp(struct walk *k, enum km_step_op op, double rows, const km_weight
 {
 	double width = w[0]->rows;
 
-	linear(k, op, rows, w[0], false);
-	linear(k, op, rows, w[1], false);
+	linear(k, op, rows, w[0], F32);
+	linear(k, op, rows, w[1], F32);
 	k->costs[op].calls--;
 	k->costs[op].bytes -= rows * k->s->x_bytes * w[0]->cols;
 	add(k, op + 1, 0, rows * width * (8 + k->s->x_bytes), 4 * rows * width);
-	linear(k, op + 2, rows, w[2], false);
+	linear(k, op + 2, rows, w[2], TO_STREAM);
 }
 
 /* Repacked experts have no matrices of their own to ask: int4, with bf16 scales. */
@@ -132,7 +137,7 @@ static void experts(struct walk *k, int layer, double rows)
 	double size = 3.0 * c->hidden_size * c->moe_intermediate_size, top_k = c->num_experts_per_tok;
 	double expert = expert_bytes(k, size);
 
-	linear(k, KM_STEP_ROUTER, rows, &k->w->router, false);
+	linear(k, KM_STEP_ROUTER, rows, &k->w->router, F32);
 	k->costs[KM_STEP_ROUTER].bytes += rows * (4.0 * c->n_routed_experts + 8 * top_k);
 	add(k, KM_STEP_EXPERTS, k->s->experts[layer] * expert,
 	    rows * (c->hidden_size * (8.0 + k->s->x_bytes) + 8 * top_k), 2 * rows * top_k * size);
@@ -181,5 +186,5 @@ void km_step_costs(const km_step_shape *s, km_step_cost costs[KM_STEP_COUNT])
 	if (!logit_rows)
 		return;
 	norm(&k, KM_STEP_FINAL_NORM, logit_rows, hidden, true);
-	linear(&k, KM_STEP_HEAD, logit_rows, &w->head, false);
+	linear(&k, KM_STEP_HEAD, logit_rows, &w->head, F32);
 }

@@ -6,6 +6,7 @@
 #ifndef KM_MODEL_STEP_COST_H
 #define KM_MODEL_STEP_COST_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "device/batch.h"
@@ -20,6 +21,9 @@ typedef struct km_step_shape {
 	const km_batch *kept; /* what the last layer keeps of it */
 	enum km_kv_dtype kv_dtype;
 	const int *experts; /* [layers] how many different ones the layer's rows chose */
+	/* The sums into the stream are part of what makes the summands (a GPU's linear layers and
+	 * experts), not of the norm behind them. */
+	bool sums_where_made;
 	int x_bytes;        /* of a number that a linear layer or attention reads: 2 or 4; the others: 4 */
 } km_step_shape;
 
