@@ -37,6 +37,10 @@ bench() {
 	jq -e '.results[0] | .prefill_step, .decode_step | (.ops | map(.us) | add) as $sum |
 		($sum - .sum_us | fabs) < 0.01 and .sum_us <= .step_us and .layer_us * .layers < .step_us and
 		(.ops | all(.launches > 0 and .bytes > 0))' "$BATS_TEST_TMPDIR/o"
+	run scripts/bench-table "$BATS_TEST_TMPDIR/o"
+	[ "$status" -eq 0 ]
+	grep -qE '^### o: decode, batch 2, input 20$' <<<"$output"
+	[ "$(grep -cE '^\| experts \| 3 \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ %\*? \|$' <<<"$output")" -eq 2 ]
 	jq -e '.results[0].decode_step | .distinct_experts >= 4 and .distinct_experts <= 8 and .expected_experts > 4 and .expected_experts < 8 and ([.ops[].op] | index("mla_decode") and
 		index("experts") and (index("mla_prefill") | not))' "$BATS_TEST_TMPDIR/o"
 }

@@ -17,7 +17,7 @@
 
 enum { ROUNDS = 5, MOST_REPLAYS = 200 };
 
-static const double round_us = 4000, slow_us = 20000;
+static const double round_us = 2500, slow_us = 20000;
 
 /* What a graph is made of. */
 struct part {
