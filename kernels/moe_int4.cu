@@ -14,7 +14,8 @@
  *   general  moe_general.cu: a warp a row, CUDA cores; any weights, any shape
  *   grouped  below; a tile of places of one expert, 8 to 64
  *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places
- *   prefill  moe_prefill.cu: warp-group matrix instructions, from 1,024 tokens
+ *   prefill  moe_prefill.cu: warp-group matrix instructions, from 256 tokens: 510 there, 520 at 512, 587,
+ *            730 at 2,048, 1,063; TP1 3,552 / 3,624 / 4,018 / 4,598 / 6,603. TRIED 26, 29-34.
  *   The figures are in configs/bench/moe-h100.json, beside the best rivals'; TRIED has what is not here.
  *
  * HOW

@@ -16,7 +16,9 @@ cudaError_t moe_stream_large(const kk_moe_args *a, cudaStream_t stream)
 		return launch_tile<tile<32, 2, 8, 8, 2>>(a, stream);
 	case 64 << 16 | 256:
 		return launch_tile<tile<64, 2, 8, 8, 2>>(a, stream);
-	case 128 << 16 | 256:
+	case 48 << 16 | 256:
+	case 80 << 16 | 256:
+	case 112 << 16 | 256:
 		return moe_prefill_launch(a, stream);
 	}
 	return cudaErrorInvalidValue;

@@ -71,7 +71,7 @@ static void test_forms(void **state)
 	p.tokens = 4096;
 	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
 	assert_int_equal(plan.form, KM_MOE_PREFILL);
-	assert_int_equal(plan.tile.block_m, 128);
+	assert_int_equal(plan.tile.block_m, 112);
 	assert_true(plan.part_bf16);
 	p.packed = false;
 	p.hidden = 1000;

@@ -44,7 +44,7 @@ static scratch lay_out(const km_moe_plan *plan, const km_moe_problem *p, const k
 
 	s.sync = piece(&s, KM_MOE_SYNC_BYTES);
 	/* The decode form neither waits for tiles nor clears their words: it must not count in them. */
-	if (!general && plan->form != KM_MOE_DECODE && most_tiles(plan, p) <= (KM_MOE_SYNC_BYTES - 256) / 4)
+	if (!general && plan->form != KM_MOE_DECODE && most_tiles(plan, p) <= (KM_MOE_SYNC_BYTES / 2 - 256) / 4)
 		s.ready = s.sync + 64;
 	if (b->expert_map)
 		s.ids = piece(&s, places * 4);

@@ -14,8 +14,9 @@
 #include "format/moe_layout.h"
 
 enum {
-	PREFILL_M = 128,           /* places of the warp-group form's tile: kernels/moe_prefill.cu */
-	PREFILL_TOKENS = 1024,     /* from which it is taken */
+	PREFILL_TOKENS = 256,      /* from which the warp-group form is taken: kernels/moe_prefill.cu */
+	PREFILL_SUMS = 16 * 1024,  /* of shared memory, through which it turns its results */
+	PREFILL_TILES = 3968,      /* that it counts */
 	MAX_STAGES = 16,
 	MAX_X_STAGES = 4,
 	SMEM_BYTES = 227 * 1024,   /* that a block of capability 9.0 can have */
@@ -36,9 +37,16 @@ static const struct shape {
 } shapes[] = {
 	{ 8, 32, 32, 16, 1 },  { 8, 64, 32, 16, 1 },   { 8, 128, 32, 16, 1 },  { 8, 256, 32, 16, 1 },
 	{ 16, 64, 16, 16, 1 }, { 16, 128, 16, 16, 1 }, { 16, 256, 16, 16, 1 }, { 32, 128, 16, 16, 1 },
-	{ 32, 256, 32, 8, 2 }, { 64, 256, 32, 8, 2 }, { PREFILL_M, 256, 32, 8, 1 },
+	{ 32, 256, 32, 8, 2 }, { 64, 256, 32, 8, 2 }, { 48, 256, 16, 16, 1 }, { 80, 256, 16, 16, 1 },
+	{ 112, 256, 16, 16, 1 },
 };
 enum { SHAPES = sizeof(shapes) / sizeof(*shapes) };
+
+/* The warp-group form's tiles. */
+static bool is_prefill(const struct shape *s)
+{
+	return s->block_m == 48 || s->block_m == 80 || s->block_m == 112;
+}
 
 static int split_of(const struct shape *s)
 {
@@ -64,7 +72,7 @@ static bool sorts_inside(const struct shape *s, const km_moe_problem *p)
 static size_t x_stage_bytes(const struct shape *s, const km_moe_problem *p)
 {
 	int most = sorts_inside(s, p) ? p->tokens : p->tokens * p->top_k;
-	int pad = s->block_m == PREFILL_M ? 0 : PAD;
+	int pad = is_prefill(s) ? 0 : PAD;
 	int rows = s->block_m <= 16 && most < s->block_m ? most : s->block_m;
 
 	return (size_t)rows * (size_t)(2 * block_k_of(s) + pad);
@@ -90,6 +98,8 @@ static size_t sums_bytes(const struct shape *s, const km_moe_problem *p, const k
 	size_t rows = (size_t)((p->hidden / 16 + blocks_of(d) - 1) / blocks_of(d));
 	size_t direct = decode_fits(s, p) ? rows * (size_t)(p->tokens * p->top_k) * 17 * 4 : 0;
 
+	if (is_prefill(s))
+		return PREFILL_SUMS;
 	return ((split > direct ? split : direct) + 127) / 128 * 128;
 }
 
@@ -123,7 +133,9 @@ static int choose_x_stages(const struct shape *s, const km_moe_problem *p, const
 
 static bool shape_fits(const struct shape *s, const km_moe_problem *p, const km_moe_device *d)
 {
-	if (s->block_m == PREFILL_M && (p->tokens <= PART_F32_TOKENS || d->capability != 90))
+	if (is_prefill(s) &&
+	    (p->tokens <= PART_F32_TOKENS || d->capability != 90 ||
+	     (int64_t)p->tokens * p->top_k / s->block_m + p->experts > PREFILL_TILES))
 		return false;
 	return 2 * p->intermediate % s->block_n == 0 && p->hidden % (s->warps * s->rows_per_warp) == 0 &&
 	       stages_beside(s, p, d, 2) >= 2;
@@ -173,32 +185,41 @@ static double expected_experts(const km_moe_problem *p)
 }
 
 /* Expert e's tokens are near Poisson: the tile holds the mean and 2.5 deviations. */
-static int choose_block_m(const km_moe_problem *p)
+static int choose_block_m(const km_moe_problem *p, bool prefill)
 {
 	double mean = (double)p->tokens * p->top_k / p->global_experts, most = mean + 2.5 * sqrt(mean);
 
+	if (prefill)
+		return most <= 48 ? 48 : most <= 80 ? 80 : 112;
 	if (p->tokens <= 8)
 		return 8;
-	if (p->tokens >= PREFILL_TOKENS)
-		return PREFILL_M;
 	return most <= 9 ? 8 : most <= 17 ? 16 : most <= 34 ? 32 : 64;
 }
 
-static const struct shape *choose_shape(const km_moe_problem *p, const km_moe_device *d)
+static const struct shape *choose_among(const km_moe_problem *p, const km_moe_device *d, bool prefill)
 {
-	int block_m = choose_block_m(p);
+	int block_m = choose_block_m(p, prefill);
 	const struct shape *best = NULL;
 
 	for (int i = 0; i < SHAPES; i++) {
 		const struct shape *s = &shapes[i];
 		double tiles = expected_experts(p) * 2 * p->intermediate / s->block_n;
 
-		if (!shape_fits(s, p, d) || s->block_m > block_m)
+		if (!shape_fits(s, p, d) || s->block_m > block_m || is_prefill(s) != prefill)
 			continue;
 		if (!best || s->block_m > best->block_m || tiles >= 8.0 * d->multiprocessors)
 			best = s;
 	}
 	return best;
+}
+
+/* There is one: stream_misses has looked. */
+static const struct shape *choose_shape(const km_moe_problem *p, const km_moe_device *d)
+{
+	bool prefill = p->tokens >= PREFILL_TOKENS;
+	const struct shape *s = choose_among(p, d, prefill);
+
+	return s ? s : choose_among(p, d, !prefill);
 }
 
 static const struct shape *find_shape(const km_moe_tile *t)
@@ -222,6 +243,9 @@ static int check_entry(const km_moe_tile *t, const km_moe_problem *p, const km_m
 	if (t->block_k != block_k_of(s))
 		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: BLOCK_SIZE_M %d and BLOCK_SIZE_N %d have "
 		               "BLOCK_SIZE_K %d, got %d", t->block_m, t->block_n, block_k_of(s), t->block_k);
+	if (is_prefill(s) && t->group_m != 1)
+		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: with BLOCK_SIZE_M %d GROUP_SIZE_M is 1, got %d",
+		               t->block_m, t->group_m);
 	if (t->group_m != 1 && t->group_m != 4)
 		return km_fail(err, KM_EUNSUPPORTED, "tuning entry: GROUP_SIZE_M is 1 or 4, got %d", t->group_m);
 	if (t->warps != s->warps)
@@ -236,8 +260,8 @@ static void fill_stream(km_moe_plan *plan, const struct shape *s, const km_moe_p
                         const km_moe_device *d)
 {
 	plan->form = decode_fits(s, p)          ? KM_MOE_DECODE
-	             : s->block_m == PREFILL_M ? KM_MOE_PREFILL
-	                                       : KM_MOE_GROUPED;
+	             : is_prefill(s)  ? KM_MOE_PREFILL
+	                              : KM_MOE_GROUPED;
 	plan->rows_per_warp = s->rows_per_warp;
 	plan->split = split_of(s);
 	plan->x_stages = MAX_X_STAGES;
@@ -299,8 +323,8 @@ int km_moe_candidates(const km_moe_problem *p, const km_moe_device *d, km_moe_ti
 				if (stages < 2 || (stages == last && g == 0))
 					break;
 				last = stages;
-				if (g && p->tokens * p->top_k <= s->block_m)
-					continue; /* one tile of places an expert at most */
+				if (g && (is_prefill(s) || p->tokens * p->top_k <= s->block_m))
+					continue; /* its order is its own; one tile of places an expert at most */
 				if (count < max)
 					tiles[count] = (km_moe_tile){ s->block_m, s->block_n, block_k_of(s),
 						                      groups[g], s->warps, stages };

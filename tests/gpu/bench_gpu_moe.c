@@ -1,13 +1,14 @@
 /*
  * The experts' time on a GPU: routed ids to summed output, as a serving step would run it.
  *
- *   bench_gpu_moe [--tp N] [--tokens LIST] [--candidates | --all] [--no-overlap] [--json FILE] [--seconds S]
+ *   bench_gpu_moe [--tp N] [--tokens LIST] [--candidates | --all | --prefill] [--no-overlap] [--json FILE] [--seconds S]
  *
  * Kimi K2.5's experts (384, top 8, hidden 7168, int4 in groups of 32; intermediate 2048 / N), all of them
  * in memory. A graph of many calls, each with the next of 16 (4, then 2 for many tokens) uniform random
  * routings, so that weights come from memory but for chance; the median over replays, divided by the
  * calls. The floor is the distinct experts' bytes, x and y at 3.10 TB/s, or the products at 780 TFLOP/s.
- * With --candidates each tile the planner lists is timed, and the best is shown beside the plan's own; --all shows each.
+ * With --candidates each tile the planner lists is timed, and the best is shown beside the plan's own; --all shows each,
+ * --prefill each of the form for many tokens.
  * The rivals' figures are the better of SGLang's and vLLM's Marlin pipelines, same method, one H100.
  */
 #include <math.h>
@@ -51,7 +52,7 @@ typedef struct bench {
 	km_cuda *gpu;
 	km_moe_device device;
 	int tp, intermediate, routings;
-	bool pdl, all;
+	bool pdl, all, prefill;
 	km_moe_weights experts;
 	char *x, *y;
 	int32_t *ids;
@@ -249,6 +250,8 @@ static int best_candidate(bench *b, const km_moe_problem *p, double *us, char *n
 		double t = 0;
 
 		KM_TRY(km_moe_plan_make(&plan, p, &b->device, &tiles[i], err));
+		if (b->prefill && plan.form != KM_MOE_PREFILL)
+			continue;
 		KM_TRY(time_plan(b, &plan, p, &t, err));
 		if (*us == 0 || t < *us) {
 			*us = t;
@@ -350,6 +353,8 @@ int main(int argc, char **argv)
 			candidates = true;
 		else if (!strcmp(argv[i], "--all"))
 			candidates = b.all = true;
+		else if (!strcmp(argv[i], "--prefill"))
+			candidates = b.all = b.prefill = true;
 		else if (!strcmp(argv[i], "--no-overlap"))
 			b.pdl = false;
 		else {

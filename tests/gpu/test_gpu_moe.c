@@ -7,7 +7,7 @@
  * error is ||y - reference|| / ||reference||, at most BOUND; two forms' results differ by at most one
  * bf16 step of the larger of the value and its row's root mean square, or ROUNDED_STEPS where one of them
  * rounds weights, or places' outputs, to bf16; two runs' are the same bits.
- * `test_gpu_moe short` keeps to small shapes, for runs under a sanitizer.
+ * `test_gpu_moe short` keeps to small shapes, for runs under a sanitizer; `prefill` to the form for many tokens.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -34,7 +34,7 @@
 
 enum { MAX_TILES = 128, POISON = 0xff, ROUNDED_STEPS = 8 };
 
-static bool short_run;
+static bool short_run, prefill_run;
 static km_cuda *gpu;
 static km_moe_device device;
 static km_err err;
@@ -433,8 +433,12 @@ static void check_all(rig *r, enum routing kind, int stride, tally *t)
 	compute_reference(r);
 	must(km_moe_plan_make(&plan, &r->problem, &device, NULL, &err));
 	check_plan(r, &plan, routing_names[kind], NULL, first, t);
+	if (prefill_run)
+		stride = 1;
 	for (int i = (int)kind % stride; i < n; i += stride) {
 		must(km_moe_plan_make(&plan, &r->problem, &device, &tiles[i], &err));
+		if (prefill_run && plan.form != KM_MOE_PREFILL)
+			continue;
 		check_plan(r, &plan, routing_names[kind], first, y, t);
 		if (plan.form == KM_MOE_DECODE) { /* its tile, by the other way */
 			plan.form = KM_MOE_GROUPED;
@@ -482,6 +486,8 @@ static void test_small(void **state)
 
 				if (short_run && (kind + m / 2) % 3)
 					continue;
+				if (prefill_run && tokens[m] <= 128)
+					continue;
 				rig_open(&r, &s, tokens[m], top_k, true, m % 2 == 0);
 				check_all(&r, (enum routing)kind, short_run ? 9 : 3, &t);
 				rig_close(&r);
@@ -514,6 +520,8 @@ static void test_kimi(void **state)
 		expert_set s;
 		rig r;
 
+		if (prefill_run && cases[i].tokens <= 128)
+			continue;
 		open_set(&s, cases[i].experts, 7168, cases[i].intermediate, 32, KM_W_INT4);
 		rig_open(&r, &s, cases[i].tokens, cases[i].top_k, true, i % 4 != 1);
 		check_all(&r, i % 5 == 4 ? MISSING : UNIFORM, 3, &t);
@@ -554,19 +562,20 @@ static void test_general(void **state)
 /* y += : what was there stays, with the same sum. */
 static void test_accumulate(void **state)
 {
+	static const int tokens[] = { 1, 14, 27, 40, 300 };
 	size_t mark = km_cuda_mark(gpu), n;
 	expert_set s;
 
 	(void)state;
 	open_set(&s, 8, 1024, 128, 32, KM_W_INT4);
-	for (int m = 1; m <= 40; m += 13)
+	for (int m = 0; m < 5; m++)
 		for (int general = 0; general < 2; general++) {
 			size_t inner = km_cuda_mark(gpu);
 			float *y, *before;
 			km_moe_plan plan;
 			rig r;
 
-			rig_open(&r, &s, m, 4, true, false);
+			rig_open(&r, &s, tokens[m], 4, true, false);
 			n = r.values;
 			y = km_xmalloc(n * 4);
 			before = km_xmalloc(n * 4);
@@ -729,12 +738,12 @@ static void test_graph(void **state)
 
 	(void)state;
 	open_set(&s, 8, 1024, 128, 32, KM_W_INT4);
-	for (int m = 0; m < 4; m++)
+	for (int m = 0; m < 5; m++)
 		for (int pdl = 0; pdl < 2; pdl++)
 			replay(&s, tokens[m], replays, pdl);
 	close_set(&s);
 	km_cuda_rewind(gpu, mark);
-	printf("figure: %d replays with changing routing\n", 8 * replays);
+	printf("figure: %d replays with changing routing\n", 10 * replays);
 }
 
 static void test_refusals(void **state)
@@ -768,7 +777,10 @@ int main(int argc, char **argv)
 	};
 	int failed;
 
-	short_run = argc > 1 && !strcmp(argv[1], "short");
+	for (int i = 1; i < argc; i++) {
+		short_run |= !strcmp(argv[i], "short");
+		prefill_run |= !strcmp(argv[i], "prefill");
+	}
 	if (!km_cuda_count(&err)) {
 		printf("skip: %s\n", err.msg);
 		return 0;
@@ -779,6 +791,8 @@ int main(int argc, char **argv)
 	}
 	device = (km_moe_device){ km_cuda_info_of(gpu)->capability, km_cuda_info_of(gpu)->multiprocessors };
 	printf("figure: %s, %s\n", km_cuda_info_of(gpu)->name, km_cuda_info_of(gpu)->toolkit);
+	if (prefill_run)
+		cmocka_set_test_filter(short_run ? "test_small" : "test_kimi");
 	failed = cmocka_run_group_tests(tests, NULL, NULL);
 	km_cuda_close(gpu);
 	return failed;
