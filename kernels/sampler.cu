@@ -713,3 +713,20 @@ cudaError_t kk_sample(const kk_sample_args *a, cudaStream_t stream)
 	config.numAttrs = a->pdl;
 	return cudaLaunchKernelEx(&config, sample, *a);
 }
+
+__global__ void __launch_bounds__(256)
+	next_ids(const int32_t *from, const int32_t *drawn, int32_t *ids, int count)
+{
+	int i = blockIdx.x * 256 + threadIdx.x;
+
+	ptx_release_successor();
+	ptx_wait_predecessor();
+	if (i < count)
+		ids[i] = max(drawn[from[i]], 0);
+}
+
+cudaError_t kk_next_ids(const int32_t *from, const int32_t *drawn, int32_t *ids, int count,
+                        cudaStream_t stream)
+{
+	return launch(next_ids, dim3((count + 255) / 256), 256, false, stream, from, drawn, ids, count);
+}

@@ -26,6 +26,10 @@ typedef struct kk_sample_args {
 /* cudaErrorInvalidValue: vocab above KM_DRAW_VOCAB. */
 cudaError_t kk_sample(const kk_sample_args *args, cudaStream_t stream);
 
+/* ids[i] = drawn[from[i]], or 0 where that row was refused. */
+cudaError_t kk_next_ids(const int32_t *from, const int32_t *drawn, int32_t *ids, int count,
+                        cudaStream_t stream);
+
 #ifdef __cplusplus
 }
 #endif

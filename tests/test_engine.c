@@ -958,6 +958,55 @@ static void seeds_decide(void **state)
 		}
 }
 
+/* Requests that a model which draws needs nothing from the host for, so that most steps are launched
+ * before the last one's tokens are there; some end by a token, some are cancelled, some rows are
+ * refused. */
+static void steps_go_ahead(void **state)
+{
+	fake_model model = { .forms = false };
+	km_engine_shape shape = fake_shape();
+	km_engine *engine = fake_engine(&model, &shape);
+	load *loads = km_xcalloc(LOAD, sizeof(*loads));
+	km_engine_stats stats;
+
+	(void)state;
+	for (uint64_t i = 0; i < LOAD; i++) {
+		make_request(&loads[i], i);
+		loads[i].options.logprobs = -1;
+		loads[i].options.prompt_logprobs = false;
+		loads[i].options.max_tokens = 40 + (int)(i % 30);
+		loads[i].options.ignore_eos = i % 2;
+		loads[i].options.sampling.has_seed = true;
+		loads[i].options.sampling.repetition_penalty = 1;
+		loads[i].options.sampling.frequency_penalty = 0;
+		loads[i].options.sampling.presence_penalty = 0;
+		loads[i].client = client_new(engine);
+		if (i % 5 == 2)
+			loads[i].client->cancel_at = 1 + (int)(i % 11);
+		assert_int_equal(client_submit(loads[i].client, &loads[i].options, NULL), 0);
+	}
+	for (int i = 0; i < LOAD; i++) {
+		client_sample *got = &loads[i].client->samples[0];
+		client *want;
+
+		client_wait(loads[i].client);
+		if (got->finish == KM_FINISH_ABORT)
+			continue;
+		want = run_alone(&shape, false, &loads[i].options);
+		same_answer(got, &want->samples[0]);
+		client_free(want);
+	}
+	km_engine_stats_get(engine, &stats);
+	assert_int_equal(stats.pages_used, 0);
+	print_message("figure: %lld steps, %d of them launched ahead, %d rows refused\n",
+	              (long long)stats.steps, model.ahead, model.refused);
+	assert_int_equal(model.ahead > 20 && model.refused > 20, fake_draws);
+	for (int i = 0; i < LOAD; i++)
+		client_free(loads[i].client);
+	free(loads);
+	fake_close(engine, &model);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -981,7 +1030,12 @@ int main(void)
 		cmocka_unit_test(a_decode_step_allocates_nothing),
 		cmocka_unit_test(many_threads_at_once),
 		cmocka_unit_test(seeds_decide),
+		cmocka_unit_test(steps_go_ahead),
 	};
 
-	return cmocka_run_group_tests(tests, NULL, NULL);
+	int failed = cmocka_run_group_tests(tests, NULL, NULL);
+
+	/* All of it again over a model that draws tokens, a step ahead. */
+	fake_draws = true;
+	return failed + cmocka_run_group_tests(tests, NULL, NULL);
 }

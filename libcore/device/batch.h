@@ -30,6 +30,9 @@ typedef struct km_batch {
 	const km_draw *draw;          /* [logit_rows] */
 	const km_draw_entry *entries; /* [entry_count] */
 	int entry_count;
+	/* [tokens], or NULL: the rows' ids are tokens that the step launched before draws, by its rows of
+	 * logits; `ids` does not count then. Only steps that generate have it. */
+	const int32_t *from_drawn;
 	int32_t *drawn; /* [logit_rows], KM_DRAWN_BY_HOST from the caller: tokens, whose rows of logits
 	                 * are then nowhere */
 } km_batch;

@@ -12,6 +12,10 @@ struct km_cuda_graph {
 	size_t launches;
 };
 
+struct km_cuda_fence {
+	cudaEvent_t event;
+};
+
 int km_cuda_fail(km_err *err, cudaError_t rc, const char *what)
 {
 	return km_fail(err, rc == cudaErrorMemoryAllocation ? KM_ENOMEM : KM_EDEVICE, "%.*s: %s (%s)",
@@ -251,6 +255,38 @@ void km_cuda_graph_free(km_cuda_graph *graph)
 		return;
 	cudaGraphExecDestroy(graph->exec);
 	free(graph);
+}
+
+int km_cuda_fence_open(km_cuda *c, km_cuda_fence **fence, km_err *err)
+{
+	cudaEvent_t event;
+
+	(void)c;
+	KM_CUDA_TRY(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), err);
+	*fence = km_xcalloc(1, sizeof(**fence));
+	(*fence)->event = event;
+	return 0;
+}
+
+int km_cuda_fence_set(km_cuda *c, km_cuda_fence *fence, km_err *err)
+{
+	KM_CUDA_TRY(cudaEventRecord(fence->event, c->stream), err);
+	return 0;
+}
+
+int km_cuda_fence_wait(km_cuda_fence *fence, km_err *err)
+{
+	KM_CUDA_TRY(cudaEventSynchronize(fence->event), err);
+	KM_CUDA_TRY(cudaGetLastError(), err);
+	return 0;
+}
+
+void km_cuda_fence_close(km_cuda_fence *fence)
+{
+	if (!fence)
+		return;
+	cudaEventDestroy(fence->event);
+	free(fence);
 }
 
 int km_cuda_time_begin(km_cuda *c, km_err *err)

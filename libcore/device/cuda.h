@@ -20,6 +20,7 @@
 
 typedef struct km_cuda km_cuda;
 typedef struct km_cuda_graph km_cuda_graph;
+typedef struct km_cuda_fence km_cuda_fence;
 
 typedef struct km_cuda_info {
 	char name[256];     /* "NVIDIA H100 80GB HBM3" */
@@ -85,6 +86,12 @@ int km_cuda_capture_end(km_cuda *cuda, km_cuda_graph **graph, km_err *err);
 int km_cuda_graph_launch(km_cuda *cuda, km_cuda_graph *graph, km_err *err);
 int km_cuda_graph_launches(const km_cuda_graph *graph); /* kernels, copies, fills */
 void km_cuda_graph_free(km_cuda_graph *graph);
+
+/* A point in what was enqueued, to be waited for while later work goes on. */
+int km_cuda_fence_open(km_cuda *cuda, km_cuda_fence **fence, km_err *err);
+int km_cuda_fence_set(km_cuda *cuda, km_cuda_fence *fence, km_err *err);
+int km_cuda_fence_wait(km_cuda_fence *fence, km_err *err);
+void km_cuda_fence_close(km_cuda_fence *fence);
 
 /* Device time between the two calls, which enqueue; time_end waits. */
 int km_cuda_time_begin(km_cuda *cuda, km_err *err);

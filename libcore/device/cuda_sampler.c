@@ -16,3 +16,11 @@ int km_cuda_sample(km_cuda *cuda, const km_cuda_sampling *a, km_err *err)
 
 	return rc == cudaSuccess ? 0 : km_cuda_fail(err, rc, "sampler");
 }
+
+int km_cuda_next_ids(km_cuda *cuda, const int32_t *from, const int32_t *drawn, int32_t *ids,
+                     int count, km_err *err)
+{
+	cudaError_t rc = kk_next_ids(from, drawn, ids, count, cuda->stream);
+
+	return rc == cudaSuccess ? 0 : km_cuda_fail(err, rc, "next ids");
+}

@@ -14,6 +14,9 @@ typedef struct km_cuda_sampling {
 	int rows, vocab;              /* vocab at most KM_DRAW_VOCAB */
 } km_cuda_sampling;
 
+/* ids[i] = drawn[from[i]], or 0 where that row was refused. */
+int km_cuda_next_ids(km_cuda *cuda, const int32_t *from, const int32_t *drawn, int32_t *ids,
+                     int count, km_err *err);
 int km_cuda_sample(km_cuda *cuda, const km_cuda_sampling *args, km_err *err);
 
 #endif

@@ -177,6 +177,16 @@ static void answer_flush(km_engine *e) /* under the lock */
 	pthread_cond_broadcast(&e->flushed);
 }
 
+bool km_engine_has_news(km_engine *e)
+{
+	bool news;
+
+	pthread_mutex_lock(&e->lock);
+	news = e->submitted || e->closing || e->flush_wanted || atomic_load(&e->cancel_wanted);
+	pthread_mutex_unlock(&e->lock);
+	return news;
+}
+
 /* Waits for something to do and takes what was submitted; false: it is time to end. */
 static bool wait_for_work(km_engine *e, km_request **taken)
 {
@@ -264,6 +274,7 @@ static void fail_all(km_engine *e, const km_err *err)
 		pthread_mutex_unlock(&e->lock);
 	}
 	end_all(e, KM_FINISH_ERROR, err->msg);
+	km_steps_drain(e);
 	km_pages_flush(&e->pages);
 	km_engine_publish(e);
 }
@@ -284,9 +295,12 @@ static void *engine_main(void *arg)
 			fail_all(e, &e->broken);
 		else if (has_work(e) && km_step_run(e, &err) < 0)
 			fail_all(e, &err);
+		if (!has_work(e))
+			km_steps_drain(e);
 	}
 	accept_all(e, taken);
 	end_all(e, KM_FINISH_ABORT, NULL);
+	km_steps_drain(e);
 	return NULL;
 }
 
@@ -306,7 +320,7 @@ static void release(km_engine *e)
 	pthread_mutex_destroy(&e->lock);
 	pthread_cond_destroy(&e->wake);
 	pthread_cond_destroy(&e->flushed);
-	km_step_release(&e->step, e);
+	km_steps_release(e);
 	km_pages_release(&e->pages);
 	free(e);
 }
@@ -327,7 +341,7 @@ km_engine *km_engine_start(const km_engine_shape *shape, const km_backend *backe
 		.score_rows = shape->score_rows,
 		.reserve = shape->deterministic,
 	};
-	km_step_init(&e->step, e);
+	km_steps_init(e);
 	pthread_mutex_init(&e->lock, NULL);
 	pthread_cond_init(&e->wake, NULL);
 	pthread_cond_init(&e->flushed, NULL);

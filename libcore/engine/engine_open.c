@@ -259,6 +259,16 @@ static int forward(void *ctx, const km_batch *batch, const float **logits, km_er
 	return km_model_forward(((real_backend *)ctx)->model, batch, logits, err);
 }
 
+static int launch(void *ctx, const km_batch *batch, km_err *err)
+{
+	return km_model_launch(((real_backend *)ctx)->model, batch, err);
+}
+
+static int finish(void *ctx, const km_batch *batch, const float **logits, km_err *err)
+{
+	return km_model_finish(((real_backend *)ctx)->model, batch, logits, err);
+}
+
 static const char *token_bytes(void *ctx, int32_t id, size_t *len)
 {
 	return km_tokenizer_bytes(((real_backend *)ctx)->tokenizer, id, len);
@@ -283,6 +293,10 @@ static void fill_backend(km_backend *backend, real_backend *real)
 	*backend = (km_backend){ .vocab_size = config->vocab_size, .ctx = real, .forward = forward,
 	                         .token_bytes = token_bytes };
 	backend->draws = km_model_draws(real->model);
+	if (backend->draws) {
+		backend->launch = launch;
+		backend->finish = finish;
+	}
 	backend->added_from = km_tokenizer_base_size(real->tokenizer);
 	for (int32_t id = 0; id < vocab; id++)
 		if (km_tokenizer_bytes(real->tokenizer, id, &len) && len > backend->max_token_bytes)

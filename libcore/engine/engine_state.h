@@ -25,8 +25,12 @@ typedef struct km_backend {
 	size_t max_token_bytes;
 	int eos_count;
 	int32_t eos[KM_MAX_EOS + 3];
-	bool draws;             /* forward does as km_batch.draw says */
+	bool draws;             /* does as km_batch.draw says */
 	void *ctx;
+	/* forward in two halves, or NULL: see km_model_launch. The batch's arrays stay as they are
+	 * until it is finished. */
+	int (*launch)(void *ctx, const km_batch *batch, km_err *err);
+	int (*finish)(void *ctx, const km_batch *batch, const float **logits, km_err *err);
 	int (*forward)(void *ctx, const km_batch *batch, const float **logits, km_err *err);
 	const char *(*token_bytes)(void *ctx, int32_t id, size_t *len); /* NULL: none */
 } km_backend;
@@ -47,7 +51,7 @@ typedef struct km_sample {
 	int index;
 	uint64_t seed;
 	uint64_t draws;
-	bool has_counts;
+	bool has_counts, redo; /* redo: the backend refused its row, which the host draws from next */
 	km_counts counts;
 	km_stop stop;
 } km_sample;
@@ -73,7 +77,7 @@ struct km_request {
 
 /* A row of logits and what is wanted of it. */
 typedef struct km_job {
-	km_sample *sample;
+	km_sample *sample; /* NULL: it ended after the step was launched, as did the chunk's seq */
 	int position;  /* the row's, in its sequence */
 	bool next;     /* draws the next token; otherwise scores the prompt's token position + 1 */
 	int rc;
@@ -84,7 +88,8 @@ typedef struct km_step {
 	int chunk_count, job_count;
 	km_chunk *chunks;     /* [max_running] */
 	km_job *jobs;         /* [max_running + score_rows] */
-	km_sampler **samplers; /* [threads] */
+	km_batch batch;
+	bool under_way;       /* launched, not finished */
 	int32_t *ids, *positions, *slots; /* [max_running + prefill_rows] */
 	int32_t *seq_start, *kv_len;      /* [max_running + 1] */
 	int32_t *pages;       /* [max_running, pages of a context] */
@@ -92,7 +97,7 @@ typedef struct km_step {
 	km_draw *draws;       /* [max_running + score_rows], or NULL: the backend draws nothing */
 	km_draw_entry *entries; /* [KM_DRAW_ENTRIES] */
 	int32_t *drawn;       /* [max_running + score_rows] */
-	km_buf text;          /* of the event being made */
+	int32_t *from_drawn;  /* [max_running + prefill_rows] */
 } km_step;
 
 struct km_engine {
@@ -100,7 +105,9 @@ struct km_engine {
 	km_backend backend;
 	km_pages pages;
 	km_scheduler scheduler;
-	km_step step;
+	km_step step, ahead;   /* ahead: launched while step was under way, mostly not */
+	km_sampler **samplers; /* [threads] */
+	km_buf text;           /* of the event being made */
 	int64_t prompt_tokens, generation_tokens, steps, forward_ns;
 	uint64_t random; /* seeds of requests that bring none */
 
@@ -135,10 +142,12 @@ int km_request_new(km_request **request, const km_engine *engine, const km_reque
                    km_err *err);
 
 /* step.c; the engine thread */
-void km_step_init(km_step *step, const km_engine *engine);
-void km_step_release(km_step *step, const km_engine *engine);
+void km_steps_init(km_engine *engine);
+void km_steps_release(km_engine *engine);
+void km_steps_drain(km_engine *engine); /* waits for what is under way and forgets it */
 /* A failure is the model's: nothing was delivered then. */
 int km_step_run(km_engine *engine, km_err *err);
+bool km_engine_has_news(km_engine *engine); /* engine.c: requests came, or are to be cancelled */
 void km_sample_finish(km_engine *engine, km_sample *sample, km_event *event); /* the final event */
 
 #endif

@@ -214,6 +214,19 @@ int km_scheduler_plan(km_scheduler *s, km_chunk *chunks)
 	return n;
 }
 
+bool km_scheduler_make_room(km_scheduler *s, const km_chunk *chunk)
+{
+	km_seq *seq = chunk->seq;
+	int32_t page;
+
+	if (seq->page_count * s->pages->page_size > chunk->start)
+		return true;
+	page = km_pages_take(s->pages);
+	if (page >= 0)
+		seq->pages[seq->page_count++] = page;
+	return page >= 0;
+}
+
 void km_scheduler_advance(km_scheduler *s, const km_chunk *chunk)
 {
 	km_seq *seq = chunk->seq;

@@ -77,6 +77,9 @@ void km_scheduler_remove(km_scheduler *scheduler, km_seq *seq);
  * nothing is running or waiting. */
 int km_scheduler_plan(km_scheduler *scheduler, km_chunk *chunks);
 
+/* Takes a page for a chunk of one row where its sequence has none, if one is there to be had. */
+bool km_scheduler_make_room(km_scheduler *scheduler, const km_chunk *chunk);
+
 /* After the step's KV is written: moves the sequence on, enters its full pages into the index. */
 void km_scheduler_advance(km_scheduler *scheduler, const km_chunk *chunk);
 

@@ -2,6 +2,14 @@
  * One step: the scheduler's chunks become a batch; the model's logits become tokens; tokens become
  * events. No memory is taken and no lock is held, but for a moment to publish the counters.
  *
+ * Looking ahead. A backend that draws tokens itself need not wait for the host between two steps
+ * that only generate: while one is under way the next is launched, its ids still to be drawn, and
+ * then the first one's tokens are read and delivered. Who ends with the first (a stop, a
+ * cancellation) has a row in the second for nothing: its KV goes to a page that nobody reads, or
+ * that is written again by steps that come after. Arrivals wait for one step more. Rows with
+ * penalties, which want the token before, and log-probabilities, which the host makes, keep steps
+ * one after the other.
+ *
  * Rows are sampled side by side by several threads, each with a scratch of its own: a row's token
  * depends on that row alone. Events are then sent one after the other, in the order of the chunks.
  *
@@ -17,7 +25,7 @@
 #include "base/clock.h"
 #include "base/mem.h"
 
-void km_step_init(km_step *step, const km_engine *engine)
+static void init_step(km_step *step, const km_engine *engine)
 {
 	const km_engine_shape *shape = &engine->shape;
 	size_t seqs = (size_t)shape->max_running, rows = seqs + (size_t)shape->prefill_rows;
@@ -35,21 +43,15 @@ void km_step_init(km_step *step, const km_engine *engine)
 	step->pages = km_xreallocarray(NULL, seqs * pages, sizeof(int32_t));
 	step->logit_row = km_xcalloc(wanted, sizeof(int32_t));
 	step->drawn = km_xcalloc(wanted, sizeof(int32_t));
-	if (engine->backend.draws) {
-		step->draws = km_xcalloc(wanted, sizeof(*step->draws));
-		step->entries = km_xcalloc(KM_DRAW_ENTRIES, sizeof(*step->entries));
-	}
-	step->samplers = km_xcalloc((size_t)shape->threads, sizeof(km_sampler *));
-	for (int i = 0; i < shape->threads; i++)
-		step->samplers[i] = km_sampler_new(engine->backend.vocab_size);
-	km_buf_init(&step->text, 0);
+	if (!engine->backend.draws)
+		return;
+	step->from_drawn = km_xcalloc(rows, sizeof(int32_t));
+	step->draws = km_xcalloc(wanted, sizeof(*step->draws));
+	step->entries = km_xcalloc(KM_DRAW_ENTRIES, sizeof(*step->entries));
 }
 
-void km_step_release(km_step *step, const km_engine *engine)
+static void release_step(km_step *step)
 {
-	for (int i = 0; i < engine->shape.threads; i++)
-		km_sampler_free(step->samplers[i]);
-	free(step->samplers);
 	free(step->chunks);
 	free(step->jobs);
 	free(step->ids);
@@ -59,10 +61,33 @@ void km_step_release(km_step *step, const km_engine *engine)
 	free(step->kv_len);
 	free(step->pages);
 	free(step->logit_row);
+	free(step->drawn);
+	free(step->from_drawn);
 	free(step->draws);
 	free(step->entries);
-	free(step->drawn);
-	km_buf_release(&step->text);
+}
+
+void km_steps_init(km_engine *engine)
+{
+	int threads = engine->shape.threads;
+
+	init_step(&engine->step, engine);
+	if (engine->backend.launch)
+		init_step(&engine->ahead, engine);
+	engine->samplers = km_xcalloc((size_t)threads, sizeof(km_sampler *));
+	for (int i = 0; i < threads; i++)
+		engine->samplers[i] = km_sampler_new(engine->backend.vocab_size);
+	km_buf_init(&engine->text, 0);
+}
+
+void km_steps_release(km_engine *engine)
+{
+	release_step(&engine->step);
+	release_step(&engine->ahead);
+	for (int i = 0; i < engine->shape.threads; i++)
+		km_sampler_free(engine->samplers[i]);
+	free(engine->samplers);
+	km_buf_release(&engine->text);
 }
 
 /* ---- chunks to a batch ---- */
@@ -77,14 +102,13 @@ static void add_job(km_step *step, const km_chunk *chunk, int position, int row)
 	job->next = chunk->last && position == chunk->start + chunk->count - 1;
 }
 
-static void lay_rows(km_engine *engine, const km_chunk *chunk, int row)
+static void lay_rows(const km_engine *engine, km_step *step, const km_chunk *chunk, int row)
 {
-	km_step *step = &engine->step;
 	const km_seq *seq = chunk->seq;
 	int size = engine->shape.page_size, end = chunk->start + chunk->count;
 
 	for (int at = chunk->start; at < end; at++, row++) {
-		step->ids[row] = seq->ids[at];
+		step->ids[row] = at < seq->len ? seq->ids[at] : 0; /* else not drawn yet */
 		step->positions[row] = at;
 		step->slots[row] = seq->pages[at / size] * size + at % size;
 		if ((at >= seq->score_from && at < seq->score_to) || (chunk->last && at == end - 1))
@@ -93,9 +117,8 @@ static void lay_rows(km_engine *engine, const km_chunk *chunk, int row)
 }
 
 /* The sequences' page tables, side by side; returns the width of a row. */
-static int lay_pages(km_engine *engine)
+static int lay_pages(const km_engine *engine, km_step *step)
 {
-	km_step *step = &engine->step;
 	int size = engine->shape.page_size, most = 1;
 
 	for (int i = 0; i < step->chunk_count; i++) {
@@ -114,9 +137,8 @@ static int lay_pages(km_engine *engine)
 	return most;
 }
 
-static void make_batch(km_engine *engine, km_batch *batch)
+static void make_batch(const km_engine *engine, km_step *step)
 {
-	km_step *step = &engine->step;
 	int rows = 0, decode = 0;
 
 	step->job_count = 0;
@@ -126,11 +148,11 @@ static void make_batch(km_engine *engine, km_batch *batch)
 		decode += chunk->decode;
 		step->seq_start[i] = rows;
 		step->kv_len[i] = chunk->start + chunk->count;
-		lay_rows(engine, chunk, rows);
+		lay_rows(engine, step, chunk, rows);
 		rows += chunk->count;
 	}
 	step->seq_start[step->chunk_count] = rows;
-	*batch = (km_batch){
+	step->batch = (km_batch){
 		.tokens = rows,
 		.seqs = step->chunk_count,
 		.decode_seqs = decode,
@@ -140,7 +162,7 @@ static void make_batch(km_engine *engine, km_batch *batch)
 		.seq_start = step->seq_start,
 		.kv_len = step->kv_len,
 		.pages = step->pages,
-		.pages_per_seq = lay_pages(engine),
+		.pages_per_seq = lay_pages(engine, step),
 		.page_size = engine->shape.page_size,
 		.logit_row = step->logit_row,
 		.logit_rows = step->job_count,
@@ -181,10 +203,10 @@ static int lay_entries(km_draw *draw, const km_sample_args *args, km_draw_entry 
 	return at;
 }
 
-/* Log-probabilities are the host's, and rows with more to be told than fits. */
-static void plan_draws(km_engine *engine, km_batch *batch)
+/* Log-probabilities are the host's, and rows with more to be told than fits. `later`: the number of
+ * draws that a sample makes before this one. */
+static void plan_draws(const km_engine *engine, km_step *step, uint64_t later)
 {
-	km_step *step = &engine->step;
 	int at = 0;
 
 	for (int i = 0; i < step->job_count; i++) {
@@ -196,16 +218,110 @@ static void plan_draws(km_engine *engine, km_batch *batch)
 		if (!step->draws)
 			continue;
 		step->draws[i] = (km_draw){ .by_device = 0 };
-		if (!step->jobs[i].next || args.logprobs >= 0 || biases > KM_DRAW_BIASES ||
-		    entries > KM_DRAW_ENTRIES - at)
+		if (!step->jobs[i].next || args.logprobs >= 0 || step->jobs[i].sample->redo ||
+		    biases > KM_DRAW_BIASES || entries > KM_DRAW_ENTRIES - at)
 			continue;
+		args.index += later;
 		step->draws[i] = km_sampler_draw(&args, engine->backend.vocab_size);
 		at = lay_entries(&step->draws[i], &args, step->entries, at);
 	}
-	batch->draw = step->draws;
-	batch->entries = step->entries;
-	batch->entry_count = at;
-	batch->drawn = step->drawn;
+	step->batch.draw = step->draws;
+	step->batch.entries = step->entries;
+	step->batch.entry_count = at;
+	step->batch.drawn = step->drawn;
+}
+
+/* ---- the step after this one, before this one's tokens are here ---- */
+
+/* Every row generates, and is drawn by the backend from what is known now; nobody waits or has
+ * anything to say. */
+static bool may_look_ahead(km_engine *engine)
+{
+	const km_step *step = &engine->step;
+	int live = 0;
+
+	if (!engine->backend.launch || step->batch.decode_seqs != step->chunk_count ||
+	    engine->scheduler.waiting.count || km_engine_has_news(engine))
+		return false;
+	for (int i = 0; i < step->job_count; i++) {
+		const km_sample *sample = step->jobs[i].sample;
+
+		live += sample != NULL;
+		if (sample && (!step->draws[i].by_device || sample->has_counts))
+			return false;
+	}
+	return live == engine->scheduler.running.count; /* else others would be in it as well */
+}
+
+/* The step of those that go on after this one, unless there is no page for one of them. */
+static bool plan_ahead(km_engine *engine)
+{
+	const km_step *step = &engine->step;
+	km_step *ahead = &engine->ahead;
+
+	ahead->chunk_count = 0;
+	for (int i = 0; i < step->chunk_count; i++) {
+		km_chunk chunk = step->chunks[i];
+
+		if (!chunk.seq || chunk.seq->len + 1 >= chunk.seq->max_len)
+			continue;
+		chunk.start++;
+		if (!km_scheduler_make_room(&engine->scheduler, &chunk))
+			return false;
+		ahead->from_drawn[ahead->chunk_count] = i;
+		ahead->chunks[ahead->chunk_count++] = chunk;
+	}
+	if (!ahead->chunk_count)
+		return false;
+	make_batch(engine, ahead);
+	ahead->batch.from_drawn = ahead->from_drawn;
+	plan_draws(engine, ahead, 1);
+	return true;
+}
+
+static int look_ahead(km_engine *engine, km_err *err)
+{
+	if (!may_look_ahead(engine) || !plan_ahead(engine))
+		return 0;
+	KM_TRY(engine->backend.launch(engine->backend.ctx, &engine->ahead.batch, err));
+	engine->ahead.under_way = true;
+	return 0;
+}
+
+/* A sample is over: the step that was launched ahead has its row for nothing. */
+static void forget_ahead(km_engine *engine, const km_sample *sample)
+{
+	km_step *ahead = &engine->ahead;
+
+	for (int i = 0; ahead->under_way && i < ahead->job_count; i++)
+		if (ahead->jobs[i].sample == sample) {
+			ahead->jobs[i].sample = NULL;
+			ahead->chunks[i].seq = NULL; /* one job a chunk */
+		}
+}
+
+static void forget_step(km_engine *engine, const km_sample *sample)
+{
+	km_step *step = &engine->step;
+
+	for (int i = 0; step->under_way && i < step->job_count; i++)
+		if (step->jobs[i].sample == sample)
+			step->jobs[i].sample = NULL;
+	for (int i = 0; step->under_way && i < step->chunk_count; i++)
+		if (step->chunks[i].seq == &sample->seq)
+			step->chunks[i].seq = NULL;
+}
+
+void km_steps_drain(km_engine *engine)
+{
+	km_step *all[] = { &engine->step, &engine->ahead };
+	const float *logits;
+
+	for (int i = 0; i < 2; i++) {
+		if (all[i]->under_way)
+			engine->backend.finish(engine->backend.ctx, &all[i]->batch, &logits, NULL);
+		all[i]->under_way = false;
+	}
 }
 
 /* ---- logits to tokens ---- */
@@ -241,8 +357,10 @@ static void draw_job(km_engine *engine, int at, const float *logits)
 {
 	km_job *job = &engine->step.jobs[at];
 
-	job->rc = do_job(engine, at, engine->step.samplers[omp_get_thread_num()], logits, &job->out,
-	                 NULL);
+	job->rc = 0;
+	if (job->sample && !job->sample->redo)
+		job->rc = do_job(engine, at, engine->samplers[omp_get_thread_num()], logits,
+		                 &job->out, NULL);
 }
 
 static int count_undrawn(const km_step *step)
@@ -278,6 +396,8 @@ void km_sample_finish(km_engine *engine, km_sample *sample, km_event *event)
 	void (*on_event)(void *, const km_event *) = r->on_event;
 	void *ctx = r->ctx;
 
+	forget_ahead(engine, sample);
+	forget_step(engine, sample);
 	km_scheduler_remove(&engine->scheduler, &sample->seq);
 	if (--r->live == 0)
 		km_engine_unqueue(engine, r);
@@ -310,7 +430,7 @@ static bool ends_text(const km_engine *engine, const km_request *r, int32_t id)
  * event has the marker's text alone. */
 static void send_withheld(km_engine *engine, km_sample *sample)
 {
-	km_buf *text = &engine->step.text;
+	km_buf *text = &engine->text;
 	km_event event = { .sample = sample->index, .id = -1, .matched_id = -1 };
 
 	km_stop_flush(&sample->stop, text);
@@ -326,7 +446,7 @@ static void send_withheld(km_engine *engine, km_sample *sample)
 static void make_text(km_engine *engine, km_sample *sample, km_event *event)
 {
 	const km_request *r = sample->request;
-	km_buf *text = &engine->step.text;
+	km_buf *text = &engine->text;
 	bool marker = event->id >= engine->backend.added_from;
 	const char *bytes = NULL;
 	size_t len = 0;
@@ -403,6 +523,13 @@ static int deliver_chunk(km_engine *engine, const km_chunk *chunk, const float *
 	km_sample *sample = (km_sample *)chunk->seq;
 	bool over = false;
 
+	if (!sample) { /* it was over before this step was */
+		while (at < step->job_count && !step->jobs[at].sample)
+			at++;
+		return at;
+	}
+	if (sample->redo)
+		return at + 1;
 	for (; at < step->job_count && step->jobs[at].sample == sample; at++) {
 		km_job *job = &step->jobs[at];
 		km_err err;
@@ -410,7 +537,7 @@ static int deliver_chunk(km_engine *engine, const km_chunk *chunk, const float *
 		if (over)
 			continue; /* sample may be gone: its address is only compared */
 		if (job->rc < 0) {
-			do_job(engine, at, step->samplers[0], logits, &job->out, &err);
+			do_job(engine, at, engine->samplers[0], logits, &job->out, &err);
 			fail_sample(engine, sample, err.msg);
 			over = true;
 		} else if (job->next) {
@@ -441,31 +568,88 @@ static void note_admission(km_engine *engine, km_sample *sample)
 	engine->prompt_tokens += sample->seq.prompt_len;
 }
 
-int km_step_run(km_engine *engine, km_err *err)
+/* What was refused while the next step is under way has no logits to draw from: its row is
+ * computed again, and the one that follows it in that step is for nothing. */
+static void redo_refused(km_engine *engine)
 {
 	km_step *step = &engine->step;
-	const float *logits = NULL;
-	km_batch batch;
-	int64_t start;
-	int rc;
+
+	for (int i = 0; i < step->job_count; i++) {
+		km_sample *sample = step->jobs[i].sample;
+
+		if (!sample)
+			continue;
+		sample->redo = engine->ahead.under_way && step->drawn[i] == KM_DRAWN_BY_HOST;
+		if (sample->redo)
+			forget_ahead(engine, sample);
+	}
+}
+
+/* A step that a scheduler's plan makes, on its way. */
+static int begin_step(km_engine *engine, km_err *err)
+{
+	km_step *step = &engine->step;
 
 	step->chunk_count = km_scheduler_plan(&engine->scheduler, step->chunks);
 	KM_ASSERT(step->chunk_count > 0);
 	for (int i = 0; i < step->chunk_count; i++)
 		note_admission(engine, (km_sample *)step->chunks[i].seq);
-	make_batch(engine, &batch);
-	plan_draws(engine, &batch);
+	make_batch(engine, step);
+	plan_draws(engine, step, 0);
 	km_engine_publish(engine);
-	start = km_now_ns();
-	rc = engine->backend.forward(engine->backend.ctx, &batch, &logits, err);
+	if (!engine->backend.launch)
+		return 0;
+	KM_TRY(engine->backend.launch(engine->backend.ctx, &step->batch, err));
+	step->under_way = true;
+	return 0;
+}
+
+static int finish_step(km_engine *engine, const float **logits, km_err *err)
+{
+	km_step *step = &engine->step;
+
+	if (!engine->backend.launch)
+		return engine->backend.forward(engine->backend.ctx, &step->batch, logits, err);
+	KM_TRY(look_ahead(engine, err));
+	step->under_way = false;
+	return engine->backend.finish(engine->backend.ctx, &step->batch, logits, err);
+}
+
+static int compute(km_engine *engine, const float **logits, km_err *err)
+{
+	int64_t start = km_now_ns();
+	int rc = engine->step.under_way ? 0 : begin_step(engine, err);
+
+	if (rc >= 0)
+		rc = finish_step(engine, logits, err);
 	engine->forward_ns += km_now_ns() - start;
-	KM_TRY(rc);
+	return rc;
+}
+
+static void swap_steps(km_engine *engine)
+{
+	km_step step = engine->step;
+
+	engine->step = engine->ahead;
+	engine->ahead = step;
+}
+
+int km_step_run(km_engine *engine, km_err *err)
+{
+	km_step *step = &engine->step;
+	const float *logits = NULL;
+
+	KM_TRY(compute(engine, &logits, err));
 	engine->steps++;
+	redo_refused(engine);
 	do_jobs(engine, logits);
 	for (int i = 0; i < step->chunk_count; i++)
-		km_scheduler_advance(&engine->scheduler, &step->chunks[i]);
+		if (step->chunks[i].seq && !((km_sample *)step->chunks[i].seq)->redo)
+			km_scheduler_advance(&engine->scheduler, &step->chunks[i]);
 	for (int i = 0, at = 0; i < step->chunk_count; i++)
 		at = deliver_chunk(engine, &step->chunks[i], logits, at);
+	if (engine->ahead.under_way)
+		swap_steps(engine);
 	km_engine_publish(engine);
 	return 0;
 }

@@ -117,7 +117,7 @@ static int check_counts(const km_model *m, const km_batch *b, km_err *err)
 static int check_rows(const km_model *m, const km_batch *b, km_err *err)
 {
 	for (int t = 0; t < b->tokens; t++) {
-		if (b->ids[t] < 0 || b->ids[t] >= m->config.vocab_size)
+		if (!b->from_drawn && (b->ids[t] < 0 || b->ids[t] >= m->config.vocab_size))
 			return km_fail(err, KM_EINVAL, "row %d: token id %d is outside the vocabulary of %d", t,
 			               b->ids[t], m->config.vocab_size);
 		if (b->positions[t] < 0 || b->positions[t] >= m->options.max_context)
@@ -184,8 +184,9 @@ int km_forward_prepare(km_model *m, km_err *err)
 	return m->steps->prepare(m, km_steps_run, err);
 }
 
-int km_model_forward(km_model *m, const km_batch *batch, const float **logits, km_err *err)
+int km_model_launch(km_model *m, const km_batch *batch, km_err *err)
 {
+	const float *none;
 	int rc;
 
 	KM_TRY(check_batch(m, batch, err));
@@ -193,5 +194,16 @@ int km_model_forward(km_model *m, const km_batch *batch, const float **logits, k
 	rc = m->steps->begin(m, batch, err);
 	if (rc >= 0)
 		rc = m->steps->replay(m, batch, km_steps_run, err);
-	return m->steps->end(m, batch, rc, logits, err);
+	return rc < 0 ? m->steps->end(m, batch, rc, &none, err) : 0;
+}
+
+int km_model_finish(km_model *m, const km_batch *batch, const float **logits, km_err *err)
+{
+	return m->steps->end(m, batch, 0, logits, err);
+}
+
+int km_model_forward(km_model *m, const km_batch *batch, const float **logits, km_err *err)
+{
+	KM_TRY(km_model_launch(m, batch, err));
+	return km_model_finish(m, batch, logits, err);
 }

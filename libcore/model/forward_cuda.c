@@ -126,12 +126,18 @@ static void pack_draws(km_gpu *g, const km_batch *batch, int rows, size_t *at)
 	g->draw = pack(g, at, NULL, (size_t)rows * sizeof(*to));
 }
 
-/* Entries have a place of their own, which graphs know. */
+/* Entries have a place of their own, which graphs know; what graphs do not know is packed last. */
 static int send(const km_gpu *g, const km_batch *batch, size_t bytes, km_err *err)
 {
 	size_t entries = (size_t)batch->entry_count * sizeof(*batch->entries);
+	const int32_t *from = NULL;
 
+	if (batch->from_drawn)
+		from = pack_ids(g, &bytes, batch->from_drawn, batch->tokens);
 	KM_TRY(km_cuda_send(g->cuda, g->b.batch, g->staging, bytes, err));
+	if (from)
+		KM_TRY(km_cuda_next_ids(g->cuda, from, g->b.drawn, (int32_t *)(uintptr_t)g->all.ids,
+		                        batch->tokens, err));
 	if (!batch->draw || !entries)
 		return 0;
 	KM_ASSERT(batch->entry_count <= KM_DRAW_ENTRIES);
@@ -235,6 +241,8 @@ static int begin(km_model *m, const km_batch *batch, km_err *err)
 	km_gpu *g = m->gpu;
 	size_t bytes = 0;
 
+	KM_ASSERT(g->launched - g->finished < 2);
+	g->staging = g->under_way[g->launched++ % 2].staging;
 	if (batch->pages_per_seq > g->b.pages)
 		return km_fail(err, KM_EINVAL, "page tables of %d pages a sequence, %d are planned",
 		               batch->pages_per_seq, g->b.pages);
@@ -290,7 +298,7 @@ static int capture(km_model *m, km_gpu_form *form, km_run_steps *run, km_err *er
 	return km_cuda_capture_end(g->cuda, &form->graph, err);
 }
 
-static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
+static int run_or_replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
 {
 	km_gpu *g = m->gpu;
 	km_gpu_form *form;
@@ -304,6 +312,35 @@ static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err 
 		KM_TRY(capture(m, form, run, err));
 	g->replays++;
 	return km_cuda_graph_launch(g->cuda, form->graph, err);
+}
+
+static bool by_device(const km_batch *batch, int row)
+{
+	return batch->draw && batch->draw[row].by_device;
+}
+
+static int fetch_row(const km_model *m, int row, km_err *err)
+{
+	size_t vocab = (size_t)m->config.vocab_size, at = (size_t)row * vocab;
+
+	return km_cuda_fetch(m->gpu->cuda, m->gpu->logits + at, m->gpu->b.logits + at, vocab * 4,
+	                     err);
+}
+
+/* The step, and what of it comes to the host: the tokens, and the rows that the host draws from. */
+static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	int at = (int)((g->launched - 1) % 2);
+
+	KM_TRY(run_or_replay(m, batch, run, err));
+	if (batch->draw && batch->logit_rows)
+		KM_TRY(km_cuda_fetch(g->cuda, g->under_way[at].drawn, g->b.drawn,
+		                     (size_t)batch->logit_rows * sizeof(int32_t), err));
+	for (int i = 0; i < batch->logit_rows; i++)
+		if (!by_device(batch, i))
+			KM_TRY(fetch_row(m, i, err));
+	return km_cuda_fence_set(g->cuda, g->under_way[at].done, err);
 }
 
 /* ---- graphs at open ---- */
@@ -770,8 +807,7 @@ static int draw(const km_model *m, int rows, km_err *err)
 
 	if (!km_model_draws(m))
 		return 0;
-	KM_TRY(km_cuda_sample(g->cuda, &args, err));
-	return km_cuda_fetch(g->cuda, g->drawn, g->b.drawn, (size_t)rows * sizeof(int32_t), err);
+	return km_cuda_sample(g->cuda, &args, err);
 }
 
 static int head(km_model *m, const km_batch *batch, km_err *err)
@@ -795,48 +831,39 @@ static int head(km_model *m, const km_batch *batch, km_err *err)
 	return OP(g, KM_STEP_RESULT, draw(m, rows, err));
 }
 
-static bool by_device(const km_batch *batch, int row)
+/* Tokens drawn, and the logits of rows refused unless the next step has overwritten them. */
+static int take_drawn(const km_model *m, const km_batch *batch, const int32_t *drawn, km_err *err)
 {
-	return batch->draw && batch->draw[row].by_device;
-}
-
-static int fetch_row(const km_model *m, int row, km_err *err)
-{
-	size_t vocab = (size_t)m->config.vocab_size, at = (size_t)row * vocab;
-
-	return km_cuda_fetch(m->gpu->cuda, m->gpu->logits + at, m->gpu->b.logits + at, vocab * 4,
-	                     err);
-}
-
-/* The rows that the host draws from, and then those that the device was to and refused. */
-static int fetch(const km_model *m, const km_batch *batch, km_err *err)
-{
+	const km_gpu *g = m->gpu;
 	int refused = 0;
 
-	for (int i = 0; i < batch->logit_rows; i++)
-		if (!by_device(batch, i))
-			KM_TRY(fetch_row(m, i, err));
-	KM_TRY(km_cuda_wait(m->gpu->cuda, err));
 	for (int i = 0; i < batch->logit_rows; i++) {
 		if (!by_device(batch, i))
 			continue;
-		batch->drawn[i] = m->gpu->drawn[i];
-		if (batch->drawn[i] != KM_DRAWN_BY_HOST)
+		batch->drawn[i] = drawn[i];
+		if (drawn[i] != KM_DRAWN_BY_HOST || g->launched > g->finished)
 			continue;
 		KM_TRY(fetch_row(m, i, err));
 		refused++;
 	}
-	return refused ? km_cuda_wait(m->gpu->cuda, err) : 0;
+	return refused ? km_cuda_wait(g->cuda, err) : 0;
 }
 
-/* The staging memory is the next step's from here on, whatever came of this one. */
+/* The step's staging memory is another's from here on, whatever came of this one. */
 static int end(km_model *m, const km_batch *batch, int rc, const float **logits, km_err *err)
 {
-	*logits = m->gpu->logits;
-	if (rc >= 0)
-		return fetch(m, batch, err);
-	km_cuda_wait(m->gpu->cuda, NULL);
-	return rc;
+	km_gpu *g = m->gpu;
+	int at = (int)(g->finished % 2);
+
+	*logits = g->logits;
+	if (rc < 0) {
+		km_cuda_wait(g->cuda, NULL);
+		g->launched--;
+		return rc;
+	}
+	g->finished++;
+	KM_TRY(km_cuda_fence_wait(g->under_way[at].done, err));
+	return take_drawn(m, batch, g->under_way[at].drawn, err);
 }
 
 const km_steps km_gpu_steps = {

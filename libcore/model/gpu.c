@@ -143,9 +143,9 @@ static size_t batch_bytes(const km_gpu_buffers *b, const km_model_options *o)
 	size_t padded = (size_t)km_linear_rounded(o->max_seqs);
 
 	km_mla_prefill_capacity(&p, o->max_batch_tokens, o->max_seqs, o->max_context, b->room);
-	/* ids, positions, slots; kept: from, positions, no slots; kv_len twice, pages, logit rows;
+	/* ids, where they are drawn, positions, slots; kept: from, positions, no slots; kv_len twice, pages, logit rows;
 	 * pieces; draws */
-	return 4 * (6 * rows + 2 * seqs + padded * pages_of(o) + (size_t)b->logit_rows) +
+	return 4 * (7 * rows + 2 * seqs + padded * pages_of(o) + (size_t)b->logit_rows) +
 	       2 * ((size_t)p.max_runs * sizeof(km_mla_run) +
 	            (size_t)p.max_tiles * sizeof(km_mla_tile)) +
 	       (size_t)b->logit_rows * sizeof(km_draw) + 17 * ALIGN;
@@ -368,10 +368,15 @@ static int open_memory(km_gpu *g, const km_model *m, km_err *err)
 	KM_TRY(km_cuda_fill(g->cuda, piece, 0, g->b.bytes, err));
 	KM_TRY(km_cuda_fill(g->cuda, g->kv, 0,
 	                    g->kv_layer_bytes * (size_t)m->config.num_hidden_layers, err));
-	KM_TRY(km_cuda_pin(g->cuda, (void **)&g->staging, g->b.batch_bytes, err));
+	for (int i = 0; i < 2; i++) {
+		KM_TRY(km_cuda_pin(g->cuda, (void **)&g->under_way[i].staging, g->b.batch_bytes, err));
+		KM_TRY(km_cuda_pin(g->cuda, (void **)&g->under_way[i].drawn,
+		                   (size_t)g->b.logit_rows * 4, err));
+		KM_TRY(km_cuda_fence_open(g->cuda, &g->under_way[i].done, err));
+	}
+	g->staging = g->under_way[0].staging;
 	KM_TRY(km_cuda_pin(g->cuda, (void **)&g->logits,
 	                   (size_t)g->b.logit_rows * (size_t)m->config.vocab_size * 4, err));
-	KM_TRY(km_cuda_pin(g->cuda, (void **)&g->drawn, (size_t)g->b.logit_rows * 4, err));
 	open_plan(&g->all.prefill, o, g->b.room);
 	open_plan(&g->kept.prefill, o, g->b.room);
 	return km_cuda_wait(g->cuda, err);
@@ -439,9 +444,12 @@ void km_gpu_close(km_gpu *g)
 	for (int i = 0; i < g->forms; i++)
 		km_cuda_graph_free(g->form[i].graph);
 	if (g->cuda) {
-		km_cuda_unpin(g->cuda, g->staging);
 		km_cuda_unpin(g->cuda, g->logits);
-		km_cuda_unpin(g->cuda, g->drawn);
+		for (int i = 0; i < 2; i++) {
+			km_cuda_unpin(g->cuda, g->under_way[i].staging);
+			km_cuda_unpin(g->cuda, g->under_way[i].drawn);
+			km_cuda_fence_close(g->under_way[i].done);
+		}
 	}
 	km_cuda_close(g->cuda);
 	close_plan(&g->all.prefill);

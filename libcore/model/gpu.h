@@ -115,9 +115,14 @@ typedef struct km_gpu {
 	char *kv;       /* device, [layers, kv_slots, kv_lora_rank + rope] */
 	size_t kv_layer_bytes;
 	const float *cos_sin; /* device */
-	char *staging;        /* pinned: a step's arrays */
+	char *staging;        /* pinned: a step's arrays; one of the two below */
+	int64_t launched, finished; /* steps; at most two are under way, and each has its: */
+	struct {
+		char *staging;
+		int32_t *drawn; /* pinned */
+		km_cuda_fence *done;
+	} under_way[2];
 	float *logits;        /* pinned */
-	int32_t *drawn;       /* pinned */
 	const km_draw *draw;  /* device, [logit rows] */
 	float *stream;        /* b.stream, or b.kept_stream from the last layer's cut on */
 	void *normed;

@@ -93,6 +93,14 @@ const km_config *km_model_config(const km_model *model);
  * wrong with a batch; nothing was computed then. */
 int km_model_forward(km_model *model, const km_batch *batch, const float **logits, km_err *err);
 
+/*
+ * The same in two halves, for models that draw. A second step may be launched, with from_drawn,
+ * before the first is finished; they are finished in order. Rows that the device refuses to draw
+ * from while the next step is under way have no logits. The batch is kept until it is finished.
+ */
+int km_model_launch(km_model *model, const km_batch *batch, km_err *err);
+int km_model_finish(km_model *model, const km_batch *batch, const float **logits, km_err *err);
+
 /* Whether km_model_forward draws tokens where a batch has `draw`. */
 bool km_model_draws(const km_model *model);
 

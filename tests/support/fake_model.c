@@ -9,6 +9,8 @@
 #include "base/mem.h"
 #include "base/rng.h"
 
+bool fake_draws;
+
 static void check(const fake_model *m, const km_batch *b)
 {
 	int size = b->page_size;
@@ -35,7 +37,7 @@ static void check(const fake_model *m, const km_batch *b)
 }
 
 /* Writes a row's KV and returns the hash of all that it saw, itself included. */
-static uint64_t compute(fake_model *m, const km_batch *b, int seq, int row)
+static uint64_t compute(fake_model *m, const km_batch *b, const int32_t *ids, int seq, int row)
 {
 	const int32_t *pages = b->pages + seq * b->pages_per_seq;
 	uint64_t hash = 1, form = m->forms && seq < b->decode_seqs;
@@ -43,14 +45,13 @@ static uint64_t compute(fake_model *m, const km_batch *b, int seq, int row)
 	for (int at = 0; at < b->positions[row]; at++)
 		hash = km_rng_u64(
 			hash, m->kv[pages[at / b->page_size] * b->page_size + at % b->page_size]);
-	hash = km_rng_u64(hash, (uint64_t)b->ids[row] * 2 + form);
+	hash = km_rng_u64(hash, (uint64_t)ids[row] * 2 + form);
 	m->kv[b->slots[row]] = hash;
 	return hash;
 }
 
-static int fake_forward(void *ctx, const km_batch *b, const float **logits, km_err *err)
+static int run(fake_model *m, const km_batch *b, const int32_t *ids, km_err *err)
 {
-	fake_model *m = ctx;
 	int step = atomic_fetch_add(&m->steps, 1) + 1, job = 0;
 
 	while (atomic_load(&m->hold_from) && step >= atomic_load(&m->hold_from))
@@ -61,18 +62,95 @@ static int fake_forward(void *ctx, const km_batch *b, const float **logits, km_e
 		               step);
 	for (int s = 0; s < b->seqs; s++)
 		for (int row = b->seq_start[s]; row < b->seq_start[s + 1]; row++) {
-			uint64_t hash = compute(m, b, s, row);
+			uint64_t hash = compute(m, b, ids, s, row);
 			float *out = m->logits + (size_t)job * FAKE_VOCAB;
 
 			if (job == b->logit_rows || b->logit_row[job] != row)
 				continue;
 			for (int i = 0; i < FAKE_VOCAB; i++)
 				out[i] = m->spread * km_rng_normal(hash, (uint64_t)i);
-			if (b->ids[b->seq_start[s]] == atomic_load(&m->nan_id))
+			if (ids[b->seq_start[s]] == atomic_load(&m->nan_id))
 				out[5] = NAN;
 			job++;
 		}
 	KM_ASSERT(job == b->logit_rows);
+	return 0;
+}
+
+static int fake_forward(void *ctx, const km_batch *b, const float **logits, km_err *err)
+{
+	*logits = ((fake_model *)ctx)->logits;
+	return run(ctx, b, b->ids, err);
+}
+
+/* ---- a model that draws ---- */
+
+/* As a device does it: in place. */
+static void adjust(float *logits, const km_draw *d, const km_draw_entry *entries)
+{
+	for (int i = d->bias_from; i < d->bias_from + d->biases; i++)
+		logits[entries[i].id] += entries[i].bias;
+	for (int i = d->counts_from; i < d->counts_from + d->counts; i++) {
+		float *x = &logits[entries[i].id];
+
+		*x = *x > 0 ? *x / d->repetition : *x * d->repetition;
+		if (entries[i].output)
+			*x -= (float)(d->frequency * entries[i].output + d->presence);
+	}
+}
+
+/* Refuses one row in five, and those that cannot be drawn from. */
+static int32_t draw(fake_model *m, const km_batch *b, int row)
+{
+	const km_draw *d = &b->draw[row];
+	float *logits = m->logits + (size_t)row * FAKE_VOCAB;
+	km_sampling p = { .temperature = d->scale != 0 ? 1 / (double)d->scale : 0,
+		          .top_p = d->top_p,
+		          .min_p = d->min_p,
+		          .top_k = d->top_k,
+		          .repetition_penalty = 1 };
+	km_sample_args args = { .logits = logits, .sampling = &p, .seed = d->seed,
+		                .index = d->index, .logprobs = -1 };
+	km_sampled out;
+
+	adjust(logits, d, b->entries);
+	if (km_rng_u64(d->seed, d->index + (uint64_t)b->positions[b->logit_row[row]]) % 5 &&
+	    km_sampler_sample(m->sampler, &args, &out, NULL) >= 0)
+		return out.id;
+	atomic_fetch_add(&m->refused, 1);
+	return KM_DRAWN_BY_HOST;
+}
+
+static int fake_launch(void *ctx, const km_batch *b, km_err *err)
+{
+	fake_model *m = ctx;
+	int32_t *drawn = m->drawn[m->launched % 2], *before = m->drawn[(m->launched + 1) % 2];
+
+	KM_ASSERT(m->launched - m->finished < 2 && (!b->from_drawn || m->launched));
+	atomic_fetch_add(&m->ahead, m->launched > m->finished);
+	for (int t = 0; t < b->tokens; t++) {
+		m->ids[t] = b->from_drawn ? before[b->from_drawn[t]] : b->ids[t];
+		m->ids[t] = m->ids[t] < 0 ? 0 : m->ids[t];
+	}
+	KM_TRY(run(m, b, m->ids, err));
+	for (int i = 0; i < b->logit_rows; i++) {
+		KM_ASSERT(b->draw[i].by_device || m->launched == m->finished);
+		drawn[i] = b->draw[i].by_device ? draw(m, b, i) : KM_DRAWN_BY_HOST;
+	}
+	m->launched++;
+	return 0;
+}
+
+/* Logits are those of the step launched last: a row that this one refused has others by then. */
+static int fake_finish(void *ctx, const km_batch *b, const float **logits, km_err *err)
+{
+	fake_model *m = ctx;
+	const int32_t *drawn = m->drawn[m->finished++ % 2];
+
+	(void)err;
+	for (int i = 0; i < b->logit_rows; i++)
+		if (b->draw[i].by_device)
+			b->drawn[i] = drawn[i];
 	*logits = m->logits;
 	return 0;
 }
@@ -118,6 +196,15 @@ km_engine *fake_engine(fake_model *m, const km_engine_shape *shape)
 	m->max_tokens = shape->max_running + shape->prefill_rows;
 	m->max_rows = shape->max_running + shape->score_rows;
 	m->logits = km_xcalloc((size_t)m->max_rows * FAKE_VOCAB, sizeof(float));
+	if (fake_draws) {
+		backend.draws = true;
+		backend.launch = fake_launch;
+		backend.finish = fake_finish;
+		m->sampler = km_sampler_new(FAKE_VOCAB);
+		m->ids = km_xcalloc((size_t)m->max_tokens, sizeof(*m->ids));
+		for (int i = 0; i < 2; i++)
+			m->drawn[i] = km_xcalloc((size_t)m->max_rows, sizeof(**m->drawn));
+	}
 	atomic_store(&m->nan_id, -1);
 	if (m->spread == 0)
 		m->spread = 2;
@@ -137,5 +224,9 @@ void fake_close(km_engine *engine, fake_model *m)
 		km_engine_stop(engine);
 	free(m->kv);
 	free(m->logits);
+	free(m->ids);
+	free(m->drawn[0]);
+	free(m->drawn[1]);
+	km_sampler_free(m->sampler);
 	*m = (fake_model){ 0 };
 }

@@ -25,7 +25,15 @@ typedef struct fake_model {
 	atomic_int nan_id;   /* a prompt that begins with it gets NaN; -1: none */
 	atomic_int hold_from; /* steps from this number on wait while it is set; 0: none */
 	char bytes[FAKE_VOCAB][8];
+	/* When it draws itself: */
+	km_sampler *sampler;
+	int32_t *drawn[2], *ids; /* [max_rows] of the steps under way, [max_tokens] */
+	int launched, finished;
+	atomic_int ahead, refused; /* steps launched while another was under way; rows */
 } fake_model;
+
+/* Models that are started from here on draw tokens, and take steps ahead of the last one's. */
+extern bool fake_draws;
 
 /* Shape's context, pages, limits are the caller's; a shape that is all 0 gets defaults first. */
 km_engine_shape fake_shape(void);
