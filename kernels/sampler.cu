@@ -5,7 +5,7 @@
  * ROOFLINE
  *   A row of 163,840 floats lies in the L2 cache, where the head left it. One multiprocessor reads
  *   some 100 GB/s from there, 6.5 us, and computes as many weights in 22 us (30 instructions each):
- *   that is the floor of a pass without and with weights. Measured on H100 (test_sampler_cuda), one
+ *   that is the floor of a pass without and with weights. Measured on H100 (test_gpu_sampler), one
  *   row and 64: greedy 22 and 31 us, a temperature 74 and 87, with top_p 141 and 245, top_k and
  *   top_p 52 and 63. Rows run side by side. On the host, 0.65 MB a row comes over PCIe first, 13 us
  *   one after the other, and a row then takes 34 to 207 us of a thread.
@@ -28,7 +28,7 @@
 #include <limits.h>
 
 enum { THREADS = 1024, WARPS = THREADS / 32, BLOCK = 512, LANES = 16, MOST = KM_DRAW_CANDIDATES };
-enum { MOST_BLOCKS = KM_DRAW_VOCAB / BLOCK };
+enum { MOST_BLOCKS = KM_DRAW_VOCAB / BLOCK, RANKS = 8 };
 enum { REACHES = 12, FIRST_REACH = 5, TRIES = 64 };
 
 /* engine/sampler.c's, and narrower ones: here candidates are few. FIRST_REACH is the CPU's first
@@ -39,6 +39,7 @@ __constant__ float reach[REACHES] = {0.5f, 1, 2, 3.5f, 5, 9, 13, 18, 24, 32, 44,
 struct shared {
 	float *logits;
 	int vocab, blocks;
+	int rank, ranks; /* this block's place among those that share the row */
 	float max, scale;
 	union {
 		unsigned long long key[MOST]; /* by rank: the logit's order turned round, then the id */
@@ -51,6 +52,8 @@ struct shared {
 	double block_sum[MOST_BLOCKS], block_upto[MOST_BLOCKS]; /* upto: summed in order */
 	int block_count[MOST_BLOCKS];
 	float partial[WARPS];
+	float part_max[RANKS]; /* of each rank's share */
+	int part_bad[RANKS];
 	double sums[WARPS];
 	int numbers[WARPS];
 	float line;
@@ -218,19 +221,38 @@ __device__ __noinline__ void adjust(float *logits, const km_draw &d,
 	__syncthreads();
 }
 
-/* The row's and its blocks' maxima; false: not a row to draw from. */
+/* What all ranks wrote is there for all; whoever is alone only waits for its own threads. */
+__device__ __forceinline__ void meet()
+{
+	if (mem()->ranks == 1) {
+		__syncthreads();
+		return;
+	}
+	__syncwarp();
+	ptx_cluster_arrive();
+	ptx_cluster_wait();
+}
+
+/* `p` in the shared memory of a rank. */
+template <typename T> __device__ __forceinline__ T *theirs(T *p, int rank)
+{
+	return mem()->ranks == 1 ? p : (T *)ptx_cluster_pointer((int32_t *)p, rank);
+}
+
+/* The row's maximum, in all ranks, and its blocks', in rank 0; false: not a row to draw from. */
 __device__ bool find_max()
 {
+	shared *s = mem();
 	int warp = threadIdx.x / 32, lane = threadIdx.x % 32, bad = 0;
-	float best = -INFINITY;
+	float best = -INFINITY, *tops = theirs(s->block_max, 0);
 
-	for (int b = warp; b < mem()->blocks; b += WARPS) {
+	for (int b = s->rank * WARPS + warp; b < s->blocks; b += s->ranks * WARPS) {
 		float top = -INFINITY;
 
 #pragma unroll
 		for (int i = 0; i < BLOCK; i += 32) {
 			int at = b * BLOCK + i + lane;
-			float x = at < mem()->vocab ? mem()->logits[at] : -INFINITY;
+			float x = at < s->vocab ? s->logits[at] : -INFINITY;
 
 			bad |= !(x < INFINITY);
 			top = fmaxf(top, x);
@@ -238,16 +260,25 @@ __device__ bool find_max()
 		for (int offset = 16; offset; offset /= 2)
 			top = fmaxf(top, __shfl_xor_sync(~0u, top, offset));
 		if (lane == 0)
-			mem()->block_max[b] = top;
+			tops[b] = top;
 		best = fmaxf(best, top);
 	}
 	if (lane == 0)
-		mem()->partial[warp] = best;
-	bad = sum_all(bad); /* its barriers order block_max and partial too */
+		s->partial[warp] = best;
+	bad = sum_all(bad); /* its barriers order partial too */
 	for (int w = 0; w < WARPS; w++)
-		best = fmaxf(best, mem()->partial[w]);
+		best = fmaxf(best, s->partial[w]);
+	if ((int)threadIdx.x < s->ranks) {
+		theirs(s->part_max, threadIdx.x)[s->rank] = best;
+		theirs(s->part_bad, threadIdx.x)[s->rank] = bad;
+	}
+	meet();
+	for (int r = 0; r < s->ranks; r++) {
+		best = fmaxf(best, s->part_max[r]);
+		bad |= s->part_bad[r];
+	}
 	if (threadIdx.x == 0)
-		mem()->max = best;
+		s->max = best;
 	__syncthreads();
 	return !bad && best > -INFINITY;
 }
@@ -266,16 +297,17 @@ __device__ int first_of_max()
 	return min_all(found);
 }
 
-/* Weights' sums by block, of logits above `least` when `cut`; then all, in order. Half a warp takes
- * a block, a thread of it a lane. */
-template <bool cut> __device__ __noinline__ double sum_weights(float least)
+/* Weights' sums by block, of logits above `least` when `cut`, by this rank of some, to rank 0. Half a
+ * warp takes a block, a thread of it a lane. */
+template <bool cut> __device__ __noinline__ void sum_blocks(float least, int rank, int ranks)
 {
-	int half = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+	shared *s = mem();
+	int half = rank * (THREADS / LANES) + threadIdx.x / LANES, lane = threadIdx.x % LANES;
+	double *sums = ranks == 1 ? s->block_sum : theirs(s->block_sum, 0);
 
-	__syncthreads(); /* the sums of before have been read */
-	for (int b = half; b < (mem()->blocks + 1) / 2 * 2; b += THREADS / LANES) {
-		const float *x = mem()->logits + (size_t)b * BLOCK;
-		int n = b < mem()->blocks ? min(BLOCK, mem()->vocab - b * BLOCK) : 0;
+	for (int b = half; b < (s->blocks + 1) / 2 * 2; b += ranks * (THREADS / LANES)) {
+		const float *x = s->logits + (size_t)b * BLOCK;
+		int n = b < s->blocks ? min(BLOCK, s->vocab - b * BLOCK) : 0;
 		float sum = 0;
 		double lanes = 0;
 
@@ -290,14 +322,29 @@ template <bool cut> __device__ __noinline__ double sum_weights(float least)
 		for (int i = n / LANES * LANES; i < n; i++)
 			lanes = __dadd_rn(lanes,
 			                  (double)(!cut || x[i] > least ? weight_of(x[i]) : 0.0f));
-		if (lane == 0 && b < mem()->blocks)
-			mem()->block_sum[b] = lanes;
+		if (lane == 0 && b < s->blocks)
+			sums[b] = lanes;
 	}
-	__syncthreads();
+}
+
+/* Their sum in order, in rank 0. */
+__device__ double sum_of_blocks()
+{
+	shared *s = mem();
+
 	if (threadIdx.x == 0)
-		sum_in_order(mem()->block_sum, mem()->blocks, 0.0, mem()->block_upto);
+		sum_in_order(s->block_sum, s->blocks, 0.0, s->block_upto);
 	__syncthreads();
-	return mem()->block_upto[mem()->blocks - 1];
+	return s->block_upto[s->blocks - 1];
+}
+
+/* Both, by rank 0 alone. */
+template <bool cut> __device__ double sum_weights(float least)
+{
+	__syncthreads(); /* the sums of before have been read */
+	sum_blocks<cut>(least, 0, 1);
+	__syncthreads();
+	return sum_of_blocks();
 }
 
 /* Of n weights with their sums in order: the first that is not 0 and has more than `target` up to
@@ -619,7 +666,7 @@ __device__ int draw_until_in_top_p(const km_draw &d, double total)
 
 __device__ int draw_top_p(const km_draw &d, double u)
 {
-	double total = sum_weights<false>(0), need = __dmul_rn(d.top_p, total), mass = 0;
+	double total = sum_of_blocks(), need = __dmul_rn(d.top_p, total), mass = 0;
 	float least = least_logit(reach[FIRST_REACH]);
 	int n = count_candidates(least);
 
@@ -653,13 +700,11 @@ __device__ int draw_min_p(const km_draw &d, double u)
 	return draw_candidate(n, ~0ull, d.min_p, u);
 }
 
-__device__ int draw_row(const km_draw &d, const km_draw_entry *entries)
+/* Rank 0's, once the row's maxima and, where it takes them, the sums of its weights are there. */
+__device__ int draw_row(const km_draw &d)
 {
 	double u;
 
-	adjust(mem()->logits, d, entries);
-	if (!find_max())
-		return KM_DRAWN_BY_HOST;
 	if (d.scale == 0)
 		return first_of_max();
 	u = uniform(d.seed, d.index);
@@ -669,32 +714,64 @@ __device__ int draw_row(const km_draw &d, const km_draw_entry *entries)
 		return draw_top_p(d, u);
 	if (d.min_p > 0)
 		return draw_min_p(d, u);
-	return token_at(__dmul_rn(u, sum_weights<false>(0)));
+	return token_at(__dmul_rn(u, sum_of_blocks()));
 }
 
-__global__ void __launch_bounds__(THREADS, 1) sample(kk_sample_args a)
+/* All ranks go through the passes over the whole row, and rank 0 draws. */
+__device__ int pass_and_draw(const km_draw &d, const km_draw_entry *entries)
 {
-	int id = KM_DRAWN_BY_HOST;
+	bool sums = d.scale != 0 && !d.top_k && (d.top_p < 1 || d.min_p <= 0), good;
+
+	if (d.biases + d.counts) {
+		if (mem()->rank == 0)
+			adjust(mem()->logits, d, entries);
+		meet();
+	}
+	good = find_max();
+	if (good && sums) {
+		sum_blocks<false>(0, mem()->rank, mem()->ranks);
+		meet();
+	}
+	return good && mem()->rank == 0 ? draw_row(d) : KM_DRAWN_BY_HOST;
+}
+
+__global__ void __launch_bounds__(THREADS, 1) sample(kk_sample_args a, int ranks)
+{
+	int rank = blockIdx.x % ranks, line = blockIdx.x / ranks, id;
 
 	ptx_release_successor();
 	ptx_wait_predecessor();
+	if (!a.draw[line].by_device) { /* all ranks */
+		if (threadIdx.x == 0 && rank == 0)
+			a.drawn[line] = KM_DRAWN_BY_HOST;
+		return;
+	}
 	if (threadIdx.x == 0) {
-		mem()->logits = a.logits + (size_t)blockIdx.x * a.vocab;
+		mem()->logits = a.logits + (size_t)line * a.vocab;
 		mem()->vocab = a.vocab;
 		mem()->blocks = (a.vocab + BLOCK - 1) / BLOCK;
-		mem()->scale = a.draw[blockIdx.x].scale;
+		mem()->scale = a.draw[line].scale;
+		mem()->rank = rank;
+		mem()->ranks = ranks;
 	}
 	__syncthreads();
-	if (a.draw[blockIdx.x].by_device)
-		id = draw_row(a.draw[blockIdx.x], a.entries);
-	if (threadIdx.x == 0)
-		a.drawn[blockIdx.x] = id;
+	meet(); /* nobody writes to a rank that has not begun */
+	id = pass_and_draw(a.draw[line], a.entries);
+	if (threadIdx.x == 0 && rank == 0)
+		a.drawn[line] = id;
+}
+
+/* Few rows, and long: several multiprocessors a row. */
+static int ranks_for(const kk_sample_args *a)
+{
+	return a->clusters && a->vocab >= RANKS * WARPS * BLOCK / 4 ? RANKS : 1;
 }
 
 cudaError_t kk_sample(const kk_sample_args *a, cudaStream_t stream)
 {
-	cudaLaunchAttribute attribute = {};
+	cudaLaunchAttribute attribute[2] = {};
 	cudaLaunchConfig_t config = {};
+	int ranks = ranks_for(a);
 	cudaError_t rc;
 
 	if (a->vocab < 1 || a->vocab > KM_DRAW_VOCAB)
@@ -703,15 +780,22 @@ cudaError_t kk_sample(const kk_sample_args *a, cudaStream_t stream)
 	                          (int)sizeof(shared));
 	if (rc != cudaSuccess || !a->rows)
 		return rc;
-	config.gridDim = dim3(a->rows);
+	config.gridDim = dim3(a->rows * ranks);
 	config.blockDim = dim3(THREADS);
 	config.dynamicSmemBytes = sizeof(shared);
 	config.stream = stream;
-	attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-	attribute.val.programmaticStreamSerializationAllowed = 1;
-	config.attrs = &attribute;
-	config.numAttrs = a->pdl;
-	return cudaLaunchKernelEx(&config, sample, *a);
+	config.attrs = attribute;
+	if (ranks > 1) {
+		attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+		attribute[config.numAttrs].val.clusterDim.x = ranks;
+		attribute[config.numAttrs].val.clusterDim.y = 1;
+		attribute[config.numAttrs++].val.clusterDim.z = 1;
+	}
+	if (a->pdl) {
+		attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+		attribute[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+	}
+	return cudaLaunchKernelEx(&config, sample, *a, ranks);
 }
 
 __global__ void __launch_bounds__(256)

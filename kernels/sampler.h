@@ -1,6 +1,6 @@
 /*
- * Launcher of the sampler: a row of logits to a token (device/draw.h), one block of threads for
- * each row. Pointers are device memory; the call may be captured.
+ * Launcher of the sampler: a row of logits to a token (device/draw.h). Pointers are device memory;
+ * the call may be captured.
  */
 #ifndef KK_SAMPLER_H
 #define KK_SAMPLER_H
@@ -20,7 +20,7 @@ typedef struct kk_sample_args {
 	const km_draw_entry *entries; /* of all rows */
 	int32_t *drawn;               /* [rows]: a token, or KM_DRAWN_BY_HOST */
 	int rows, vocab;
-	bool pdl;
+	bool pdl, clusters;           /* clusters: several blocks of threads may share a row */
 } kk_sample_args;
 
 /* cudaErrorInvalidValue: vocab above KM_DRAW_VOCAB. */

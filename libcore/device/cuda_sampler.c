@@ -11,7 +11,8 @@ int km_cuda_sample(km_cuda *cuda, const km_cuda_sampling *a, km_err *err)
 		                .drawn = a->drawn,
 		                .rows = a->rows,
 		                .vocab = a->vocab,
-		                .pdl = cuda->info.capability >= 90 };
+		                .pdl = cuda->info.capability >= 90,
+		                .clusters = cuda->info.capability >= 90 };
 	cudaError_t rc = kk_sample(&args, cuda->stream);
 
 	return rc == cudaSuccess ? 0 : km_cuda_fail(err, rc, "sampler");

@@ -33,6 +33,7 @@ void km_engine_publish(km_engine *e)
 		.preemptions = e->scheduler.preemptions,
 		.steps = e->steps,
 		.forward_ns = e->forward_ns,
+		.launch_ns = e->launch_ns,
 	};
 
 	pthread_mutex_lock(&e->lock);

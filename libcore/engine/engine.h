@@ -108,6 +108,7 @@ typedef struct km_engine_stats {
 	int64_t prefix_queries, prefix_hits;      /* in tokens, since start */
 	int64_t preemptions, steps;
 	int64_t forward_ns; /* of the engine's thread, in the model */
+	int64_t launch_ns;  /* of that, until a step was on its way; 0: launching and waiting are one */
 } km_engine_stats;
 
 typedef struct km_engine km_engine;

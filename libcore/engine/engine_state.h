@@ -108,7 +108,7 @@ struct km_engine {
 	km_step step, ahead;   /* ahead: launched while step was under way, mostly not */
 	km_sampler **samplers; /* [threads] */
 	km_buf text;           /* of the event being made */
-	int64_t prompt_tokens, generation_tokens, steps, forward_ns;
+	int64_t prompt_tokens, generation_tokens, steps, forward_ns, launch_ns;
 	uint64_t random; /* seeds of requests that bring none */
 
 	pthread_t thread;

@@ -279,13 +279,21 @@ static bool plan_ahead(km_engine *engine)
 	return true;
 }
 
+static int launch(km_engine *engine, km_step *step, km_err *err)
+{
+	int64_t start = km_now_ns();
+
+	KM_TRY(engine->backend.launch(engine->backend.ctx, &step->batch, err));
+	engine->launch_ns += km_now_ns() - start;
+	step->under_way = true;
+	return 0;
+}
+
 static int look_ahead(km_engine *engine, km_err *err)
 {
 	if (!may_look_ahead(engine) || !plan_ahead(engine))
 		return 0;
-	KM_TRY(engine->backend.launch(engine->backend.ctx, &engine->ahead.batch, err));
-	engine->ahead.under_way = true;
-	return 0;
+	return launch(engine, &engine->ahead, err);
 }
 
 /* A sample is over: the step that was launched ahead has its row for nothing. */
@@ -597,11 +605,7 @@ static int begin_step(km_engine *engine, km_err *err)
 	make_batch(engine, step);
 	plan_draws(engine, step, 0);
 	km_engine_publish(engine);
-	if (!engine->backend.launch)
-		return 0;
-	KM_TRY(engine->backend.launch(engine->backend.ctx, &step->batch, err));
-	step->under_way = true;
-	return 0;
+	return engine->backend.launch ? launch(engine, step, err) : 0;
 }
 
 static int finish_step(km_engine *engine, const float **logits, km_err *err)

@@ -2,7 +2,7 @@
  * What a load could reach: host memory to the GPU, and a file to pinned memory, by copying from a
  * map and by reading, with several numbers of threads.
  *
- *   bench_load FILE
+ *   bench_load [FILE]   without a file: one of 1 GB, made for it, in the page cache
  */
 #include <fcntl.h>
 #include <stdio.h>
@@ -15,6 +15,7 @@
 #include "base/clock.h"
 #include "base/mem.h"
 #include "device/cuda.h"
+#include "support/fake_checkpoint.h"
 
 enum { SLOT = 32 << 20, SLOTS = 4 };
 
@@ -95,17 +96,33 @@ static void time_map(const char *path, source *s, int threads)
 	close(s->fd);
 }
 
+/* A new file in a new folder. */
+static char *make_file(const char *dir)
+{
+	char *path = km_xasprintf("%s/noise", dir);
+	FILE *f = fopen(path, "w");
+
+	for (int i = 0; f && i < SLOT; i++)
+		slot[0][i] = (char)(i * 2654435761u >> 13);
+	for (int i = 0; f && i < 32; i++)
+		if (fwrite(slot[0], SLOT, 1, f) != 1)
+			break;
+	if (!f || fclose(f)) {
+		perror(path);
+		exit(1);
+	}
+	return path;
+}
+
 int main(int argc, char **argv)
 {
 	static const int threads[] = { 1, 4, 8, 16 };
 	km_cuda *gpu;
 	void *there;
 	source s;
+	const char *path = argc > 1 ? argv[1] : NULL;
+	char *dir = NULL, *made = NULL;
 
-	if (argc != 2) {
-		fprintf(stderr, "usage: bench_load FILE\n");
-		return 2;
-	}
 	if (!km_cuda_count(&err)) {
 		printf("skip: %s\n", err.msg);
 		return 0;
@@ -115,10 +132,15 @@ int main(int argc, char **argv)
 	for (int i = 0; i < SLOTS; i++)
 		must(km_cuda_pin(gpu, (void **)&slot[i], SLOT, &err));
 	to_device(gpu, there);
+	if (argc < 2)
+		path = made = make_file(dir = temp_dir());
 	for (int i = 0; i < 4; i++)
-		time_map(argv[1], &s, threads[i]);
+		time_map(path, &s, threads[i]);
 	for (int i = 0; i < SLOTS; i++)
 		km_cuda_unpin(gpu, slot[i]);
 	km_cuda_close(gpu);
+	if (dir)
+		remove_dir(dir);
+	free(made);
 	return 0;
 }

@@ -3,7 +3,8 @@
  * says, to 1%, what an engine takes of the device's memory, graphs included; the host's memory stays
  * within its stated bound; what does not fit is refused in a sentence, before anything is loaded.
  *
- * `test_load_cuda short` takes small shapes, for runs under a sanitizer.
+ * `test_load_cuda short` takes small shapes, and compares no memory that other programs take from
+ * as well, for runs under a sanitizer beside others.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -177,8 +178,9 @@ static void the_plan_is_what_is_taken(void **state)
 	              planned / 1e6, taken / 1e6, 100 * (taken / planned - 1),
 	              (double)(anonymous_kb() - host) / 1e3);
 	km_engine_close(engine);
-	if (!short_run) /* pieces of 2 MB, where all is small */
-		assert_true(taken > 0.99 * planned && taken < 1.01 * planned);
+	if (short_run)
+		return;
+	assert_true(taken > 0.99 * planned && taken < 1.01 * planned);
 	assert_true((double)before - (double)free_bytes() < 16e6);
 }
 
@@ -194,7 +196,7 @@ static void too_much_is_refused(void **state)
 	print_message("refused: %s\n", err.msg);
 }
 
-/* Two engines that fit one by one: the second's plan is made before the first is there. */
+/* Of two that fit one by one, the second. */
 static void memory_gone_meanwhile_is_refused(void **state)
 {
 	km_cuda *most, *more;
@@ -221,5 +223,5 @@ int main(int argc, char **argv)
 		printf("skip: %s\n", err.msg);
 		return 0;
 	}
-	return cmocka_run_group_tests(all, NULL, NULL);
+	return _cmocka_run_group_tests("loading", all, 4 - (size_t)short_run, NULL, NULL);
 }

@@ -231,10 +231,11 @@ static void evaluate(enum km_kv_dtype kv_dtype, bool graphs, const char *what)
 	start = km_now_s() - start;
 	km_engine_stats_get(s.engine, &stats);
 	print_message("figure: kimi-nano, %s: %lld questions in %.2f s, %.0f generated tokens/s, "
-	              "%.0f steps/s; %.0f us a step in the model, %.0f outside\n",
+	              "%.0f steps/s; %.0f us a step in the model, %.0f of them launching, %.0f outside\n",
 	              what, (long long)asked, start, (double)stats.generation_tokens / start,
 	              (double)stats.steps / start,
 	              (double)stats.forward_ns / 1e3 / (double)stats.steps,
+	              (double)stats.launch_ns / 1e3 / (double)stats.steps,
 	              (start * 1e6 - (double)stats.forward_ns / 1e3) / (double)stats.steps);
 	nothing_is_left(&s);
 	experts_are_counted(&s);
