@@ -1,13 +1,13 @@
 /*
- * Rows of logits to tokens, one block of threads a row: engine/sampler.c in parallel, with its
- * bits.
+ * Rows of logits to tokens, one block of threads a row or, of few rows, a cluster of 8:
+ * engine/sampler.c in parallel, with its bits.
  *
  * ROOFLINE
  *   A row of 163,840 floats lies in the L2 cache, where the head left it. One multiprocessor reads
  *   some 100 GB/s from there, 6.5 us, and computes as many weights in 22 us (30 instructions each):
- *   that is the floor of a pass without and with weights. Measured on H100 (test_gpu_sampler), one
- *   row and 64: greedy 22 and 31 us, a temperature 74 and 87, with top_p 141 and 245, top_k and
- *   top_p 52 and 63. Rows run side by side. On the host, 0.65 MB a row comes over PCIe first, 13 us
+ *   that is the floor of a pass without and with weights; a cluster shares it. Measured on H100
+ *   (test_gpu_sampler), one row and 64: greedy 16 and 31 us, a temperature 33 and 87, with top_p 101
+ *   and 245 (half of it over 4,000 candidates), top_k and top_p 45 and 63. Rows run side by side. On the host, 0.65 MB a row comes over PCIe first, 13 us
  *   one after the other, and a row then takes 34 to 207 us of a thread.
  *
  * RULES
@@ -761,10 +761,11 @@ __global__ void __launch_bounds__(THREADS, 1) sample(kk_sample_args a, int ranks
 		a.drawn[line] = id;
 }
 
-/* Few rows, and long: several multiprocessors a row. */
+/* Few rows, and long: two blocks on each multiprocessor at most. With more, blocks that share rows
+ * take longer than whole rows do (64 rows greedy: 52 us against 31, a temperature 116 against 87). */
 static int ranks_for(const kk_sample_args *a)
 {
-	return a->clusters && a->vocab >= RANKS * WARPS * BLOCK / 4 ? RANKS : 1;
+	return a->rows <= a->shared_rows && a->vocab >= RANKS * WARPS * BLOCK / 4 ? RANKS : 1;
 }
 
 cudaError_t kk_sample(const kk_sample_args *a, cudaStream_t stream)

@@ -20,7 +20,8 @@ typedef struct kk_sample_args {
 	const km_draw_entry *entries; /* of all rows */
 	int32_t *drawn;               /* [rows]: a token, or KM_DRAWN_BY_HOST */
 	int rows, vocab;
-	bool pdl, clusters;           /* clusters: several blocks of threads may share a row */
+	int shared_rows;              /* up to this many rows, several blocks of threads share one */
+	bool pdl;
 } kk_sample_args;
 
 /* cudaErrorInvalidValue: vocab above KM_DRAW_VOCAB. */

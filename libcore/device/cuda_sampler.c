@@ -5,14 +5,15 @@
 
 int km_cuda_sample(km_cuda *cuda, const km_cuda_sampling *a, km_err *err)
 {
+	bool hopper = cuda->info.capability >= 90;
 	kk_sample_args args = { .logits = a->logits,
 		                .draw = a->draw,
 		                .entries = a->entries,
 		                .drawn = a->drawn,
 		                .rows = a->rows,
 		                .vocab = a->vocab,
-		                .pdl = cuda->info.capability >= 90,
-		                .clusters = cuda->info.capability >= 90 };
+		                .pdl = hopper,
+		                .shared_rows = hopper ? cuda->info.multiprocessors / 4 : 0 };
 	cudaError_t rc = kk_sample(&args, cuda->stream);
 
 	return rc == cudaSuccess ? 0 : km_cuda_fail(err, rc, "sampler");
