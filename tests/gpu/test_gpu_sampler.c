@@ -161,12 +161,12 @@ static int compare(const call *c, const char *what)
 	return refused;
 }
 
-static call *new_call(int vocab)
+static call *new_call(int vocab, int rows)
 {
 	call *c = km_xcalloc(1, sizeof(*c));
 	size_t bytes;
 
-	c->rows = short_run ? SHORT_ROWS : ROWS;
+	c->rows = short_run ? SHORT_ROWS : rows;
 	c->vocab = vocab;
 	bytes = (size_t)c->rows * (size_t)vocab * 4;
 	c->logits = km_xmalloc(bytes);
@@ -268,16 +268,23 @@ static const struct {
 	{ "tiny top_p", 1, 1e-9, 0, 0, false },
 };
 
-static const int vocabs[] = { 1, 50, 512, 1500, 2560, 4099, 40000, LARGEST };
+/* Rows: so few that several blocks of threads share one, and more. */
+static const struct {
+	int vocab, rows;
+	bool when_short;
+} sizes[] = {
+	{ 1, ROWS, false },    { 50, ROWS, false },  { 512, ROWS, true },     { 1500, ROWS, false },
+	{ 2560, ROWS, false }, { 4099, ROWS, false }, { 40000, 24, true }, { LARGEST, 48, false },
+};
 
 static void tokens_are_the_cpus(void **state)
 {
 	int refused = 0, rows = 0, must_not = 0;
 
 	(void)state;
-	for (int v = 0; v < COUNT(vocabs) - short_run; v += 1 + short_run)
-		for (int shape = 0; shape < SHAPES; shape += 1 + short_run) {
-			call *c = new_call(vocabs[v]);
+	for (int v = 0; v < COUNT(sizes); v++)
+		for (int shape = 0; shape < (short_run ? sizes[v].when_short : SHAPES); shape++) {
+			call *c = new_call(sizes[v].vocab, sizes[v].rows);
 
 			fill(c, (enum shape)shape, 70 + (uint64_t)shape);
 			for (int w = 0; w < COUNT(ways); w++) {
@@ -314,9 +321,9 @@ static void tokens_are_the_cpus(void **state)
 static void penalties_and_biases_are_the_cpus(void **state)
 {
 	(void)state;
-	for (int v = 2; v < COUNT(vocabs) - short_run; v += 1 + short_run)
-		for (int shape = 0; shape < SHAPES; shape += 1 + short_run) {
-			call *c = new_call(vocabs[v]);
+	for (int v = 1; v < COUNT(sizes); v++)
+		for (int shape = 0; shape < (short_run ? sizes[v].when_short : SHAPES); shape++) {
+			call *c = new_call(sizes[v].vocab, sizes[v].rows);
 
 			fill(c, (enum shape)shape, 80 + (uint64_t)shape);
 			for (int row = 0; row < c->rows; row++) {
@@ -340,7 +347,7 @@ static void penalties_and_biases_are_the_cpus(void **state)
 /* NaN, +infinity, nothing but -infinity: the CPU says which. And rows that are the host's. */
 static void bad_rows_are_refused(void **state)
 {
-	call *c = new_call(2560);
+	call *c = new_call(2560, ROWS);
 
 	(void)state;
 	fill(c, PEAKED, 3);
@@ -383,11 +390,11 @@ static double time_rows(const call *c, int rows)
 static void times(void **state)
 {
 	static const int some[] = { 0, 1, 4, 10, 11 };
-	static const int counts[] = { 1, 64, ROWS };
+	static const int counts[] = { 1, 32, ROWS };
 
 	(void)state;
 	for (int shape = 0; shape < 2; shape++) {
-		call *c = new_call(LARGEST);
+		call *c = new_call(LARGEST, ROWS);
 
 		fill(c, (enum shape)shape, 90);
 		for (int s = 0; s < COUNT(some); s++) {
