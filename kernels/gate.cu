@@ -12,8 +12,8 @@
  * LADDER (us a call, E = 384, top 8, 1 / 64 / 256 / 4,096 tokens; launches overlap but at 4,096)
  *   rounds   4.9 / 5.1 / 6.9 / 11   top_k times the best of what is left. Any shape; groups.
  *   one pass 1.5 / 1.7 / 2.2 / 5.7  a bound first, then only what is above it is ranked, by counting;
- *                                   E 256 and 384, top_k up to 8, one group.
- *   Best of others (SGLang's Triton router): 2.8 / 3.0 / 3.8 / 11.9. TRIED 3, 4, 5.
+ *                                   E 128, 256 and 384, top_k up to 8; 512, up to 16; 256 in 8 groups.
+ *   Best of others (SGLang's Triton router): 2.8 / 3.0 / 3.8 / 11.9. TRIED 3, 4, 5, 20.
  *
  * RULES
  *   Ids: this file makes them; every id is in [0, E), or what expert_map has there, or -1 in padding

@@ -539,6 +539,28 @@ __device__ __forceinline__ void ptx_copy_bulk_policy(uint32_t to, const void *fr
 #endif
 }
 
+/* A tile of a matrix, from column x and row y, to the same place in each block of the cluster in `blocks`,
+ * completed on the barrier at `barrier` there; `map` is a CUtensorMap that the launch was given. */
+__device__ __forceinline__ void ptx_copy_tile(uint32_t to, const void *map, int x, int y, uint32_t barrier,
+                                              unsigned blocks)
+{
+#if __CUDA_ARCH__ >= 900
+	asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+	             ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+	             "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((uint16_t)blocks)
+	             : "memory");
+#else
+	__trap();
+#endif
+}
+
+__device__ __forceinline__ void ptx_prefetch_map(const void *map)
+{
+#if __CUDA_ARCH__ >= 900
+	asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+#endif
+}
+
 /* What ordinary stores wrote, and this thread has seen, the copy engine sees too. */
 __device__ __forceinline__ void ptx_fence_copies()
 {

@@ -27,6 +27,7 @@ enum {
 	KK_FUSED_TOKENS = 64,    /* of the forms that end in an alignment in the same launch */
 	KK_ROUTER_HIDDEN = 7168, /* of the register-resident router GEMM */
 	KK_PARTS_TOKENS = 256,   /* of the router GEMM in parts */
+	KK_PARTS_EXPERTS = 384,
 	KK_SCRATCH_SYNC_BYTES = 64,       /* the part of the fused forms' scratch that must start as zero */
 	KK_SCRATCH_BYTES = 64 + 8 * 8 * 512 * 4,
 };
@@ -97,9 +98,9 @@ cudaError_t kk_router_resident(const kk_router_args *args, cudaStream_t stream);
  * 128 x 96. */
 cudaError_t kk_router_split(const kk_router_args *args, int split, int tokens_tile, int experts_tile,
                             cudaStream_t stream);
-/* The same conditions, up to KK_PARTS_TOKENS, in two launches: parts of sums, then their sums. Tiles of 128
- * tokens x 64 or 96 experts; `parts`: kk_router_parts_bytes, of tokens or more. */
-cudaError_t kk_router_parts(const kk_router_args *args, int experts_tile, void *parts, cudaStream_t stream);
+/* The same conditions, up to KK_PARTS_TOKENS and KK_PARTS_EXPERTS, in two launches: parts of sums, then
+ * their sums. `parts`: kk_router_parts_bytes, of as many tokens or more. */
+cudaError_t kk_router_parts(const kk_router_args *args, void *parts, cudaStream_t stream);
 size_t kk_router_parts_bytes(int tokens, int experts);
 /* Any hidden divisible by 8, any experts; bf16 or f32 weights. */
 cudaError_t kk_router_general(const kk_router_args *args, cudaStream_t stream);

@@ -20,7 +20,6 @@
  *   has ended: nothing in the stream may be writing them.
  */
 #include "inbox.cuh"
-#include "launch.cuh"
 #include "ptx.cuh"
 #include "router.h"
 
@@ -186,123 +185,10 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 	}
 }
 
-/*
- * The same in two launches, for two rows of tiles, whose clusters would not all run at once (TRIED 18): each
- * block leaves its part of the sums in memory, as its registers have them, and the second launch adds the
- * parts up.
- */
-enum { PARTS = 16, PARTS_TILE = 128, PARTS_THREADS = 256, SUM_THREADS = 256 };
-
-/* parts: [tile][PARTS][BE / 8][PARTS_THREADS] */
-template <int BE>
-__global__ void __launch_bounds__(PARTS_THREADS) router_parts(kk_router_args r, float4 *parts)
-{
-	using form = split_form<PARTS, 2, BE>;
-	extern __shared__ __align__(1024) char split_smem[];
-	int rank = blockIdx.x % PARTS, e0 = blockIdx.x / PARTS * BE, first = blockIdx.y * PARTS_TILE;
-	uint32_t w = ptx_shared_address(split_smem), x = w + form::PANELS * form::W_PANEL;
-	size_t tile = (size_t)blockIdx.y * (gridDim.x / PARTS) + blockIdx.x / PARTS;
-	float4 *to = parts + (tile * PARTS + rank) * (BE / 8 * PARTS_THREADS) + threadIdx.x;
-	float d[BE / 2] = {};
-
-	ptx_release_successor();
-	copy_rows<form::PANELS, BE, PARTS_THREADS, false>(w, r.w, e0, r.experts, rank);
-	ptx_wait_predecessor();
-	copy_rows<form::PANELS, PARTS_TILE, PARTS_THREADS, true>(x, r.x, first, r.tokens, rank);
-	multiply_panels<form::PANELS, 2, BE, 0>(d, x + threadIdx.x / 128 * 8192, w);
-	ptx_wgmma_wait<0>();
-#pragma unroll
-	for (int j = 0; j < BE / 8; j++)
-		to[j * PARTS_THREADS] = make_float4(d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]);
-}
-
-/* Four neighbouring lanes add up four parts each, all on their way together, for the two pairs of logits that
- * one thread of router_parts held; a block has SUM_THREADS / 4 of its threads. */
-template <int BE>
-__global__ void __launch_bounds__(SUM_THREADS) router_sum_parts(kk_router_args r, const float4 *parts)
-{
-	constexpr int HELD = SUM_THREADS / 4, BLOCKS = PARTS_THREADS / HELD, EACH = PARTS / 4;
-	int quarter = threadIdx.x % 4, t = blockIdx.x % BLOCKS * HELD + threadIdx.x / 4;
-	int j = blockIdx.x / BLOCKS % (BE / 8), tile = blockIdx.x / BLOCKS / (BE / 8);
-	int tiles = (r.experts + BE - 1) / BE, e = tile % tiles * BE + 8 * j + t % 4 * 2;
-	int token = tile / tiles * PARTS_TILE + t / 32 * 16 + t % 32 / 4;
-	float4 v[EACH], sum;
-
-	parts += (((size_t)tile * PARTS + quarter * EACH) * (BE / 8) + j) * PARTS_THREADS + t;
-	ptx_release_successor();
-	ptx_wait_predecessor();
-#pragma unroll
-	for (int k = 0; k < EACH; k++)
-		v[k] = __ldcg(parts + (size_t)k * (BE / 8) * PARTS_THREADS);
-	sum = v[0];
-#pragma unroll
-	for (int k = 1; k < EACH; k++)
-		sum.x += v[k].x, sum.y += v[k].y, sum.z += v[k].z, sum.w += v[k].w;
-#pragma unroll
-	for (int d = 1; d < 4; d *= 2) {
-		sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
-		sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
-		sum.z += __shfl_xor_sync(0xffffffffu, sum.z, d);
-		sum.w += __shfl_xor_sync(0xffffffffu, sum.w, d);
-	}
-	token += quarter * 8;
-	if (quarter < 2 && e < r.experts && token < r.tokens)
-		*(float2 *)(r.logits + (size_t)token * r.experts + e) =
-			quarter ? make_float2(sum.z, sum.w) : make_float2(sum.x, sum.y);
-}
-
-template <int BE>
-static cudaError_t launch_parts(const kk_router_args *r, float4 *parts, cudaStream_t stream)
-{
-	using form = split_form<PARTS, 2, BE>;
-	int wide = (r->experts + BE - 1) / BE, high = (r->tokens + PARTS_TILE - 1) / PARTS_TILE;
-	cudaLaunchConfig_t config = {};
-	cudaLaunchAttribute attr = {};
-	cudaError_t rc;
-
-	rc = cudaFuncSetAttribute((const void *)router_parts<BE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-	                          form::OPERANDS);
-	if (rc != cudaSuccess)
-		return rc;
-	attr.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-	attr.val.programmaticStreamSerializationAllowed = 1;
-	config.gridDim = dim3(wide * PARTS, high);
-	config.blockDim = dim3(PARTS_THREADS);
-	config.dynamicSmemBytes = form::OPERANDS;
-	config.stream = stream;
-	config.attrs = &attr;
-	config.numAttrs = r->pdl;
-	rc = cudaLaunchKernelEx(&config, router_parts<BE>, *r, parts);
-	if (rc != cudaSuccess)
-		return rc;
-	return launch(router_sum_parts<BE>, dim3(wide * high * BE / 8 * (PARTS_THREADS * 4 / SUM_THREADS)), SUM_THREADS, r->pdl, stream, *r,
-	              (const float4 *)parts);
-}
-
-size_t kk_router_parts_bytes(int tokens, int experts)
-{
-	int high = (tokens < KK_PARTS_TOKENS ? tokens : (int)KK_PARTS_TOKENS) + PARTS_TILE - 1;
-
-	return (size_t)high / PARTS_TILE * PARTS_TILE * ((experts + 95) / 96 * 96) * PARTS * sizeof(float);
-}
-
 static bool split_fits(const kk_router_args *r)
 {
 	return r->tokens >= 1 && r->hidden == KK_ROUTER_HIDDEN && !r->w_f32 && r->experts >= 8 &&
 	       r->experts % 2 == 0 && r->experts <= KK_MAX_EXPERTS;
-}
-
-cudaError_t kk_router_parts(const kk_router_args *r, int experts_tile, void *parts, cudaStream_t stream)
-{
-	if (!split_fits(r) || r->tokens > KK_PARTS_TOKENS)
-		return cudaErrorInvalidValue;
-	switch (experts_tile) {
-	case 64:
-		return launch_parts<64>(r, (float4 *)parts, stream);
-	case 96:
-		return launch_parts<96>(r, (float4 *)parts, stream);
-	}
-	return cudaErrorInvalidValue;
 }
 
 template <int SPLIT, int WGS, int BE>

@@ -266,7 +266,7 @@ static void test_words(void **state)
 	                              "experts are above 384", NULL });
 	s = shape_of(200, 384, 8);
 	check_words(&s, &d,
-	            (const char *[]){ "in 16 parts, tiles of 128 tokens x 96 experts",
+	            (const char *[]){ "in 14 parts, tiles of 128 tokens x 96 experts",
 	                              "second launch; 129 to 256 tokens", NULL });
 	d.blas = false;
 	s = shape_of(100, 384, 8);

@@ -73,7 +73,7 @@ static int enqueue(km_cuda *cuda, enum km_router_part part, const km_router_plan
 			                           s->hidden, err);
 		rc = p->gemm == KM_GEMM_RESIDENT ? kk_router_resident(&gemm, cuda->stream)
 		     : p->gemm == KM_GEMM_PARTS
-		             ? kk_router_parts(&gemm, p->split_experts, after_fused(b), cuda->stream)
+		             ? kk_router_parts(&gemm, after_fused(b), cuda->stream)
 		     : p->gemm == KM_GEMM_SPLIT
 		             ? kk_router_split(&gemm, p->split, p->split_tokens, p->split_experts,
 		                               cuda->stream)

@@ -136,7 +136,7 @@ static void choose_split(km_router_plan *p, const km_router_shape *s)
 {
 	bool large = s->tokens > 64 || (!p->pdl && s->tokens > 24);
 
-	p->split = 16;
+	p->split = p->gemm == KM_GEMM_PARTS ? 14 : 16;
 	if (p->gemm == KM_GEMM_PARTS) {
 		p->split_tokens = 128;
 		p->split_experts = s->experts <= 256 ? 64 : 96;

@@ -354,7 +354,8 @@ static bool has_gemm(const gpu_bench *g, enum km_router_gemm gemm)
 	return gemm == KM_GEMM_RESIDENT || (gemm == KM_GEMM_BLAS ? g->device.blas : g->device.capability == 90);
 }
 
-/* The forms' times at g's token count; INFINITY where there is none. The chains' with the best GEMM. */
+/* The forms' times at g's token count; INFINITY where there is none. The GEMM's forms are timed in a chain,
+ * as they are used: cuBLASLt's launches overlap with nothing. The chains' forms have the best GEMM. */
 static int tune_at(gpu_bench *g, double *gemm_us, double *chain_us, km_err *err)
 {
 	km_router_bench_row row;
@@ -365,7 +366,8 @@ static int tune_at(gpu_bench *g, double *gemm_us, double *chain_us, km_err *err)
 		if (!has_gemm(g, tune_gemms[f]))
 			continue;
 		km_router_plan_force(&g->plan, &g->shape, tune_gemms[f]);
-		KM_TRY(time_graph(g, KM_PART_GEMM, &row, err));
+		g->plan.chain = g->shape.tokens > FUSED_TOKENS ? KM_CHAIN_SEPARATE : KM_CHAIN_GATE_ALIGN;
+		KM_TRY(time_graph(g, KM_PART_CHAIN, &row, err));
 		gemm_us[f] = row.us_median;
 		best = gemm_us[f] < gemm_us[best] ? f : best;
 	}
