@@ -544,7 +544,7 @@ __device__ __forceinline__ void ptx_copy_bulk_policy(uint32_t to, const void *fr
 __device__ __forceinline__ void ptx_copy_tile(uint32_t to, const void *map, int x, int y, uint32_t barrier,
                                               unsigned blocks)
 {
-#if __CUDA_ARCH__ >= 900
+#if PTX_SM90A
 	asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
 	             ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
 	             "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((uint16_t)blocks)
