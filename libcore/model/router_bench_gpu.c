@@ -354,8 +354,21 @@ static bool has_gemm(const gpu_bench *g, enum km_router_gemm gemm)
 	return gemm == KM_GEMM_RESIDENT || (gemm == KM_GEMM_BLAS ? g->device.blas : g->device.capability == 90);
 }
 
-/* The forms' times at g's token count; INFINITY where there is none. The GEMM's forms are timed in a chain,
- * as they are used: cuBLASLt's launches overlap with nothing. The chains' forms have the best GEMM. */
+/* Alone and in a chain, one after the other: cuBLASLt's launches overlap with nothing, which alone does not
+ * show, and a chain hides what its other parts wait for. */
+static int tune_gemm(gpu_bench *g, enum km_router_gemm gemm, double *us, km_err *err)
+{
+	km_router_bench_row alone, chain;
+
+	km_router_plan_force(&g->plan, &g->shape, gemm);
+	g->plan.chain = g->shape.tokens > FUSED_TOKENS ? KM_CHAIN_SEPARATE : KM_CHAIN_GATE_ALIGN;
+	KM_TRY(time_graph(g, KM_PART_GEMM, &alone, err));
+	KM_TRY(time_graph(g, KM_PART_CHAIN, &chain, err));
+	*us = alone.us_median + chain.us_median;
+	return 0;
+}
+
+/* The forms' times at g's token count; INFINITY where there is none. The chains have the best GEMM. */
 static int tune_at(gpu_bench *g, double *gemm_us, double *chain_us, km_err *err)
 {
 	km_router_bench_row row;
@@ -363,12 +376,8 @@ static int tune_at(gpu_bench *g, double *gemm_us, double *chain_us, km_err *err)
 
 	for (int f = 0; f < GEMMS; f++) {
 		gemm_us[f] = INFINITY;
-		if (!has_gemm(g, tune_gemms[f]))
-			continue;
-		km_router_plan_force(&g->plan, &g->shape, tune_gemms[f]);
-		g->plan.chain = g->shape.tokens > FUSED_TOKENS ? KM_CHAIN_SEPARATE : KM_CHAIN_GATE_ALIGN;
-		KM_TRY(time_graph(g, KM_PART_CHAIN, &row, err));
-		gemm_us[f] = row.us_median;
+		if (has_gemm(g, tune_gemms[f]))
+			KM_TRY(tune_gemm(g, tune_gemms[f], &gemm_us[f], err));
 		best = gemm_us[f] < gemm_us[best] ? f : best;
 	}
 	km_router_plan_force(&g->plan, &g->shape, tune_gemms[best]);
@@ -383,8 +392,22 @@ static int tune_at(gpu_bench *g, double *gemm_us, double *chain_us, km_err *err)
 	return 0;
 }
 
+/* "name 1.23", with a comma from the second on. */
+static void put_times(km_buf *out, const char *const *names, const double *us, int count)
+{
+	bool any = false;
+
+	for (int f = 0; f < count; f++)
+		if (isfinite(us[f])) {
+			km_buf_printf(out, "%s%s %.2f", any ? ", " : "", names[f], us[f]);
+			any = true;
+		}
+}
+
 static int tune_rows(gpu_bench *g, km_buf *out, km_err *err)
 {
+	static const char *const gemms[] = { "resident", "split", "parts", "cuBLASLt" };
+	static const char *const chains[] = { "one launch", "gate+align", "separate" };
 	double gemm_us[TUNE_COUNT * GEMMS], chain_us[TUNE_COUNT * CHAINS];
 	int gemm[GEMMS], chain[CHAINS];
 
@@ -394,6 +417,15 @@ static int tune_rows(gpu_bench *g, km_buf *out, km_err *err)
 	}
 	km_router_bench_limits(gemm_us, tune_tokens, TUNE_COUNT, GEMMS, gemm);
 	km_router_bench_limits(chain_us, tune_tokens, TUNE_COUNT, CHAINS, chain);
+	km_buf_printf(out, "\t/* %s, %d experts, %s: us of each GEMM alone and in a chain; of each chain */\n",
+	              km_cuda_info_of(g->cuda)->name, g->shape.experts, g->device.pdl ? "overlap" : "no overlap");
+	for (int i = 0; i < TUNE_COUNT; i++) {
+		km_buf_printf(out, "\t/* %3d tokens: ", tune_tokens[i]);
+		put_times(out, gemms, gemm_us + i * GEMMS, GEMMS);
+		km_buf_puts(out, "; ");
+		put_times(out, chains, chain_us + i * CHAINS, CHAINS);
+		km_buf_puts(out, " */\n");
+	}
 	km_buf_printf(out, "\t{ %d, %d, %s, %d, %d, %d, %d, %d },\n", g->device.capability, g->shape.experts,
 	              g->device.pdl ? "true" : "false", gemm[0], gemm[1], gemm[2], chain[0], chain[1]);
 	return 0;

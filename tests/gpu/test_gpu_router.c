@@ -7,7 +7,7 @@
  * `test_gpu_router short` is for runs under a sanitizer: every kernel over few rows, then 1,000 replays
  * of each form's graphs, and no cuBLASLt. There each buffer is an allocation of its own, not a piece of
  * the arena, so that memcheck sees its ends, and is not poisoned, so that initcheck sees what a kernel
- * reads before anything wrote it. `test_gpu_router few` is short with a fiftieth of the
+ * reads before anything wrote it. `test_gpu_router few` is short with a hundredth of the
  * replays, for racecheck, which takes 7 to 250 ms a launch. A second argument is a pattern of tests' names.
  */
 #include <setjmp.h>
@@ -824,7 +824,7 @@ static void replay_form(void **state)
 	}
 	for (int b = 0; b < COUNT(c->tokens); b++)
 		for (int pdl = 0; pdl < 2 && c->tokens[b]; pdl++) {
-			int n = few ? (c->replays[b] + 49) / 50 : c->replays[b];
+			int n = few ? (c->replays[b] + 99) / 100 : c->replays[b];
 
 			replay_bucket(c, c->tokens[b], n, pdl);
 			replays += n;
