@@ -13,8 +13,8 @@
  *   general  7.1 / 24 / 24 / 61 / -       a block an expert, CUDA cores; any shape, f32 weights.
  *   resident 3.3 / 3.5 / 3.9 / 7.3 / 12   below; hidden 7168.
  *   inbox    2.6 / 2.9 / 3.4 / - / -      no second barrier of the cluster (TRIED 16)
- *   Above 16 tokens router_split.cu (5.1 at 64, 6.8 at 128), above 128 cuBLASLt (9.6 at 256;
- *   device/cuda_blas.c).
+ *   Above 16 tokens router_split.cu (5.1 at 64, 6.8 at 128), then router_parts.cu (9.2 at 256), above
+ *   256 cuBLASLt (11.8 at 512; device/cuda_blas.c).
  *   Best of others: 3.4 / 5.1 / 7.5 / 8.2 / 9.0 (SGLang's CUDA-core kernel to 14 tokens, then cuBLAS).
  *   In one launch with gate and alignment: 6.9 / 8.3 / 10.6 / 17 without overlap (apart: 8.6 / 9.4 /
  *   11.2 / 15); with overlap it loses (TRIED 9). TRIED 1, 2, 6, 8.

@@ -12,7 +12,7 @@
  *   split                4.7 / 6.1 / 8.7   fewer groups, tensor cores fed from shared memory
  *   wide sums            4.3 / 5.4 / 7.4   sums through shared memory, 16 bytes a lane (TRIED 15)
  *   inbox                5.0 / 5.1 / 6.8   no barrier to say that they have arrived (TRIED 16)
- *   Best of others: 7.9 / 8.2 / 9.0 (cuBLAS). TRIED 17, 18.
+ *   Best of others: 7.9 / 8.2 / 9.0 (cuBLAS). Above: router_parts.cu. TRIED 15 to 18.
  *
  * RULES
  *   Order of a logit's sum: the tensor cores' over a block's 448 columns, then the blocks in rising order
