@@ -250,9 +250,8 @@ static void latent_scores(const float *const query[4], const float *latents, siz
 {
 	for (int t = 0; t < count; t += TILE_COLS) {
 		float lanes[VL];
-		vf acc[PARTS][VL];
 
-		run_tile(query, latents + (size_t)t * stride, stride, size, acc, true, lanes);
+		run_tile(query, latents + (size_t)t * stride, stride, size, NULL, true, true, lanes);
 		for (int i = 0; i < 4; i++)
 			memcpy(scores + i * BLOCK + t, lanes + i * TILE_COLS,
 			       TILE_COLS * sizeof(float));
