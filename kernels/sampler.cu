@@ -6,9 +6,10 @@
  *   A row of 163,840 floats lies in the L2 cache, where the head left it. One multiprocessor reads
  *   some 100 GB/s from there, 6.5 us, and computes as many weights in 22 us (30 instructions each):
  *   that is the floor of a pass without and with weights; a cluster shares it. Measured on H100
- *   (test_gpu_sampler), one row and 64: greedy 16 and 31 us, a temperature 33 and 87, with top_p 101
- *   and 245 (half of it over 4,000 candidates), top_k and top_p 45 and 63. Rows run side by side. On the host, 0.65 MB a row comes over PCIe first, 13 us
- *   one after the other, and a row then takes 34 to 207 us of a thread.
+ *   (test_gpu_sampler), one row and 64: greedy 16 and 31 us, a temperature 33 and 87, with top_p
+ *   101 and 245 (half of it over 4,000 candidates), top_k and top_p 45 and 63. Rows run side by
+ *   side. On the host, 0.65 MB a row comes over PCIe first, 13 us one after the other, and a row
+ *   then takes 34 to 207 us of a thread.
  *
  * RULES
  *   Sums of weights: within 512 logits in 16 lanes, the lanes in order, the blocks of 512 in order
@@ -297,8 +298,8 @@ __device__ int first_of_max()
 	return min_all(found);
 }
 
-/* Weights' sums by block, of logits above `least` when `cut`, by this rank of some, to rank 0. Half a
- * warp takes a block, a thread of it a lane. */
+/* Weights' sums by block, of logits above `least` when `cut`, by this rank of some, to rank 0. Half
+ * a warp takes a block, a thread of it a lane. */
 template <bool cut> __device__ __noinline__ void sum_blocks(float least, int rank, int ranks)
 {
 	shared *s = mem();
@@ -762,7 +763,7 @@ __global__ void __launch_bounds__(THREADS, 1) sample(kk_sample_args a, int ranks
 }
 
 /* Few rows, and long: two blocks on each multiprocessor at most. With more, blocks that share rows
- * take longer than whole rows do (64 rows greedy: 52 us against 31, a temperature 116 against 87). */
+ * take longer than whole rows do: 64 rows greedy 52 us against 31, a temperature 116 against 87. */
 static int ranks_for(const kk_sample_args *a)
 {
 	return a->rows <= a->shared_rows && a->vocab >= RANKS * WARPS * BLOCK / 4 ? RANKS : 1;

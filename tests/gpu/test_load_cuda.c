@@ -1,7 +1,7 @@
 /*
  * Loading to a GPU: experts repacked there have the bytes that the host's repacking gives; the plan
- * says, to 1%, what an engine takes of the device's memory, graphs included; the host's memory stays
- * within its stated bound; what does not fit is refused in a sentence, before anything is loaded.
+ * says, to 1%, what an engine takes of the device's memory, graphs included; what does not fit is
+ * refused in a sentence, before anything is loaded.
  *
  * `test_load_cuda short` takes small shapes, and compares no memory that other programs take from
  * as well, for runs under a sanitizer beside others.
