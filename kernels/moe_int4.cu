@@ -12,11 +12,13 @@
  *
  * LADDER (us, TP8, 384 experts, top 8; 1 / 8 / 64 / 1,024 / 4,096 tokens)
  *   general  moe_general.cu: a warp a row, CUDA cores; any weights, any shape
- *   grouped  below; a tile of places of one expert, 8 to 64
- *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places
+ *   grouped  below; a tile of places of one expert, 8 to 64: 147 / 242 / 344 / 437 at 16 / 32 / 64 / 128;
+ *            TP1 159 / 300 / 545 / 992 / 1,670 / 2,478 / 3,128 from 2 to 128 (floor 126 to 2,862)
+ *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places: 19.4 /
+ *            27.7 / 44.3 / 79.6 at 1 / 2 / 4 / 8 (floor 8 / 16 / 31 / 60); TP1 76.4 at 1. TRIED 35, 36.
  *   prefill  moe_prefill.cu: warp-group matrix instructions, from 256 tokens: 510 there, 520 at 512, 587,
  *            730 at 2,048, 1,063; TP1 3,552 / 3,624 / 4,018 / 4,598 / 6,603. TRIED 26, 29-34.
- *   The figures are in configs/bench/moe-h100.json, beside the best rivals'; TRIED has what is not here.
+ *   The figures are in configs/bench/moe-tp*-h100.json, beside the best rivals'; TRIED has what is not here.
  *
  * HOW
  *   One block a multiprocessor; a warp fetches weights, a warp fetches activations, 8 or 16 multiply.

@@ -16,6 +16,7 @@ enum {
 	MAX_TILE = 64,
 	INSIDE_PLACES = 256,
 	DIRECT_PLACES = 64,
+	WARP_PLACES = 32,
 	RECORD_COLS = 128,
 	RECORD_CODES = 1024,
 	MAX_BLOCKS = 255,          /* of a grid: the counters' rounds are of 256 */
@@ -180,6 +181,49 @@ __device__ inline void sort_inside(const kk_moe_args &a, stream_smem *s, int mos
 			s->tiles = tiles, s->places_here = here;
 	}
 	__syncthreads(); /* the tiles are known to all */
+}
+
+/* Up to 32 places: one warp sorts them, for a barrier that the caller has. */
+__device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int most)
+{
+	int lane = threadIdx.x % 32, places = a.tokens * a.top_k, e = -1, packed, sum;
+	unsigned same, below = (1u << lane) - 1;
+	int count, before, lead, tile, at;
+
+	if (lane < places) {
+		float weight = __ldcg(a.weights + lane);
+
+		e = __ldcg(a.ids + lane);
+		if (e < 0 || e >= a.experts || weight == 0.0f)
+			e = -1;
+		s->weights[lane] = weight;
+	}
+	same = __match_any_sync(0xffffffffu, e);
+	count = __popc(same), before = __popc(same & below), lead = __ffs(same) - 1;
+	packed = e >= 0 && before == 0 ? (count + most - 1) / most << 16 | count : 0;
+	sum = packed;
+#pragma unroll
+	for (int i = 1; i < 32; i *= 2) {
+		int v = __shfl_up_sync(0xffffffffu, sum, i);
+
+		sum += lane >= i ? v : 0;
+	}
+	at = __shfl_sync(0xffffffffu, sum - packed, lead);
+	sum = __shfl_sync(0xffffffffu, sum, 31);
+	tile = (at >> 16) + before / most;
+	at = (at & 0xffff) + before;
+	if (lane < places)
+		s->position[lane] = e >= 0 ? at : -1;
+	if (e >= 0) {
+		s->order[at] = lane;
+		if (before % most == 0) {
+			s->tile_expert[tile] = e;
+			s->tile_first[tile] = at;
+			s->tile_rows[tile] = min(most, count - before);
+		}
+	}
+	if (lane == 0)
+		s->tiles = sum >> 16, s->places_here = sum & 0xffff;
 }
 
 /* ---- Items. ---- */
@@ -1014,7 +1058,13 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	round_up = round_of(a.sync);
 	round_down = round_of(a.sync + SYNC_STRIDE);
 	if (a.inside) {
-		sort_inside(a, s, min(a.tokens, L::T));
+		if (a.tokens * a.top_k > WARP_PLACES) {
+			sort_inside(a, s, min(a.tokens, L::T));
+		} else {
+			if (warp == 0)
+				sort_by_warp(a, s, min(a.tokens, L::T));
+			__syncthreads(); /* the tiles are known to all; the block's barriers are ready */
+		}
 		w.tiles = s->tiles;
 	} else {
 		w.tiles = __ldcg(a.total) / L::T;

@@ -3,8 +3,8 @@
  *
  * A tile must hold most experts' tokens (an expert with more has its weights read again), and there
  * must be enough tiles to give each multiprocessor nearly the same number of bytes; below that, larger
- * tiles read the activations less often. The thresholds are of that model, not of a measurement, where
- * no tuning entry is given.
+ * tiles read the activations less often. The thresholds are of that model, set where an H100 agrees with
+ * it, where no tuning entry is given.
  */
 #include "device/moe_plan.h"
 
@@ -24,7 +24,8 @@ enum {
 	DIRECT_PLACES = 64,        /* whose activations and outputs stay on chip in the decode form */
 	DIRECT_VALUES = 16384,
 	INSIDE_PLACES = 256,       /* that each block can sort for itself */
-	PART_F32_TOKENS = 128,     /* above, the traffic of f32 would show, and bf16 costs 0.0007 of error */
+	PART_F32_TOKENS = 32,      /* above, the traffic of f32 shows, and bf16 costs 0.0007 of error */
+	PREFILL_LEAST = 129,       /* tokens that the warp-group form is offered for */
 	MAX_TOP_K = 32,
 	MAX_EXPERTS = 1024,
 	MAX_BLOCKS = 255,
@@ -134,7 +135,7 @@ static int choose_x_stages(const struct shape *s, const km_moe_problem *p, const
 static bool shape_fits(const struct shape *s, const km_moe_problem *p, const km_moe_device *d)
 {
 	if (is_prefill(s) &&
-	    (p->tokens <= PART_F32_TOKENS || d->capability != 90 ||
+	    (p->tokens < PREFILL_LEAST || d->capability != 90 ||
 	     (int64_t)p->tokens * p->top_k / s->block_m + p->experts > PREFILL_TILES))
 		return false;
 	return 2 * p->intermediate % s->block_n == 0 && p->hidden % (s->warps * s->rows_per_warp) == 0 &&
@@ -207,7 +208,7 @@ static const struct shape *choose_among(const km_moe_problem *p, const km_moe_de
 
 		if (!shape_fits(s, p, d) || s->block_m > block_m || is_prefill(s) != prefill)
 			continue;
-		if (!best || s->block_m > best->block_m || tiles >= 8.0 * d->multiprocessors)
+		if (!best || s->block_m > best->block_m || tiles >= 11.0 * d->multiprocessors)
 			best = s;
 	}
 	return best;
@@ -339,6 +340,11 @@ static size_t rounded(size_t bytes)
 	return (bytes + 255) / 256 * 256;
 }
 
+static size_t larger(size_t a, size_t b)
+{
+	return a > b ? a : b;
+}
+
 /* Every form's pieces are counted as if they were alive together: kernels/moe.h lays them out. */
 size_t km_moe_scratch_size(const km_moe_problem *p, const km_moe_device *d)
 {
@@ -346,15 +352,15 @@ size_t km_moe_scratch_size(const km_moe_problem *p, const km_moe_device *d)
 	size_t runs = places < (size_t)p->experts ? places : (size_t)p->experts;
 	size_t few = (size_t)(p->tokens < PART_F32_TOKENS ? p->tokens : PART_F32_TOKENS) * (size_t)p->top_k;
 	bool stream = !stream_misses(p, d);
-	size_t part = places * hidden * (stream ? 2 : 4);
+	size_t general = stream && places > KM_MOE_GENERAL_PLACES ? KM_MOE_GENERAL_PLACES : places;
+	size_t part = larger(stream ? places * hidden * 2 : 0, larger(few, general) * hidden * 4);
+	size_t act = larger(stream ? places * 2 : 0, general * 4) * (size_t)p->intermediate;
 
-	if (part < few * hidden * 4)
-		part = few * hidden * 4;
 	return KM_MOE_SYNC_BYTES + rounded(places * 4)                     /* ids through the map */
 	       + rounded((places + (runs + 1) * 128) * 4)                  /* sorted places */
 	       + rounded((places / 8 + runs + 1) * 4) + 256                /* each tile's expert; the total */
 	       + rounded(128 * (size_t)p->experts * 4)                     /* the alignment's counts */
-	       + rounded(places * (size_t)p->intermediate * (stream ? 2 : 4)) /* silu(gate) * up */
+	       + rounded(act)                                              /* silu(gate) * up */
 	       + rounded(part);                                            /* each place's output */
 }
 

@@ -1,7 +1,8 @@
 /*
  * The experts' time on a GPU: routed ids to summed output, as a serving step would run it.
  *
- *   bench_gpu_moe [--tp N] [--tokens LIST] [--candidates | --all | --prefill] [--no-overlap] [--json FILE] [--seconds S]
+ *   bench_gpu_moe [--tp N] [--tokens LIST] [--candidates | --all | --prefill] [--chain] [--no-overlap]
+ *                 [--json FILE] [--commit ID] [--seconds S]
  *
  * Kimi K2.5's experts (384, top 8, hidden 7168, int4 in groups of 32; intermediate 2048 / N), all of them
  * in memory. A graph of many calls, each with the next of 16 (4, then 2 for many tokens) uniform random
@@ -9,6 +10,8 @@
  * calls. The floor is the distinct experts' bytes, x and y at 3.10 TB/s, or the products at 780 TFLOP/s.
  * With --candidates each tile the planner lists is timed, and the best is shown beside the plan's own; --all shows each,
  * --prefill each of the form for many tokens.
+ * With --chain the calls begin at the hidden state: the router's GEMM and gate in one launch, then the experts
+ * that it chose; the router's weights are 30 copies in rotation, its bytes are in the floor.
  * The rivals' figures are the better of SGLang's and vLLM's Marlin pipelines, same method, one H100.
  */
 #include <math.h>
@@ -19,10 +22,12 @@
 #include "base/mem.h"
 #include "base/rng.h"
 #include "device/cuda_moe.h"
+#include "device/cuda_router.h"
 #include "format/dtype.h"
 #include "format/moe_layout.h"
+#include "model/router.h"
 
-enum { EXPERTS = 384, TOP_K = 8, HIDDEN = 7168, GROUP = 32, MODELS = 6, MAX_M = 8192, MAX_TILES = 128 };
+enum { ROUTERS = 30, EXPERTS = 384, TOP_K = 8, HIDDEN = 7168, GROUP = 32, MODELS = 6, MAX_M = 8192, MAX_TILES = 128 };
 
 #define PEAK_BYTES_US 3.10e6
 #define PEAK_FLOPS_US 780e6
@@ -40,8 +45,16 @@ static const struct rival {
 	{ 1, 256, 3444.3 }, { 1, 512, 3518.1 }, { 1, 1024, 4523.1 }, { 1, 2048, 6745.2 }, { 1, 4096, 15216.7 },
 };
 
-static double rival_us(int tp, int tokens)
+/* From the hidden state, intermediate 256. */
+static const struct rival chains[] = { { 8, 1, 31.5 }, { 8, 4, 64.7 }, { 8, 16, 166 } };
+
+static double rival_us(int tp, int tokens, bool chain)
 {
+	for (size_t i = 0; chain && i < sizeof(chains) / sizeof(*chains); i++)
+		if (chains[i].tp == tp && chains[i].tokens == tokens)
+			return chains[i].us;
+	if (chain)
+		return 0;
 	for (size_t i = 0; i < sizeof(rivals) / sizeof(*rivals); i++)
 		if (rivals[i].tp == tp && rivals[i].tokens == tokens)
 			return rivals[i].us;
@@ -52,7 +65,11 @@ typedef struct bench {
 	km_cuda *gpu;
 	km_moe_device device;
 	int tp, intermediate, routings;
-	bool pdl, all, prefill;
+	bool pdl, all, prefill, chain;
+	const char *commit;
+	km_router_shape router;
+	km_router_plan router_plan;
+	km_router_buffers routers; /* of the first of ROUTERS matrices */
 	km_moe_weights experts;
 	char *x, *y;
 	int32_t *ids;
@@ -85,6 +102,38 @@ static int make_matrix(bench *b, km_moe_matrix *m, size_t bytes, km_err *err)
 	return rc;
 }
 
+static int open_router(bench *b, km_err *err)
+{
+	size_t values = (size_t)EXPERTS * HIDDEN;
+	uint16_t *w = km_xmalloc(values * 2);
+	km_router_shape most = { .tokens = MAX_M, .experts = EXPERTS, .hidden = HIDDEN, .top_k = TOP_K, .groups = 1,
+		                 .topk_group = 1, .block = 8, .renormalize = true, .scale = 1 };
+	km_router_buffers *r = &b->routers;
+	void *to = NULL;
+	int rc;
+
+	for (size_t i = 0; i < values; i++)
+		w[i] = km_f32_to_bf16(0.02f * km_rng_normal(9, i));
+	b->router = most;
+	rc = km_cuda_take(b->gpu, &to, values * 2 * ROUTERS, "router", err);
+	for (int i = 0; i < ROUTERS && rc == 0; i++)
+		rc = km_cuda_upload(b->gpu, (char *)to + (size_t)i * values * 2, w, values * 2, err);
+	r->w = to;
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, (void **)&r->logits, (size_t)MAX_M * EXPERTS * 4, "logits", err);
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, &to, EXPERTS * 4, "bias", err);
+	if (rc == 0)
+		rc = km_cuda_fill(b->gpu, to, 0, EXPERTS * 4, err);
+	r->bias = to;
+	if (rc == 0)
+		rc = km_cuda_take(b->gpu, &r->scratch, km_cuda_router_scratch_bytes(&most), "router", err);
+	if (rc == 0)
+		rc = km_cuda_fill(b->gpu, r->scratch, 0, km_cuda_router_scratch_bytes(&most), err);
+	free(w);
+	return rc;
+}
+
 static int open_bench(bench *b, km_err *err)
 {
 	km_moe_problem most = { .tokens = MAX_M, .experts = EXPERTS, .global_experts = EXPERTS, .top_k = TOP_K,
@@ -114,6 +163,8 @@ static int open_bench(bench *b, km_err *err)
 		rc = km_cuda_fill(b->gpu, b->scratch, 0, KM_MOE_SYNC_BYTES, err);
 	if (rc == 0)
 		rc = km_cuda_upload(b->gpu, b->x, x, rows * 2, err);
+	if (rc == 0 && b->chain)
+		rc = open_router(b, err);
 	free(x);
 	return rc;
 }
@@ -175,6 +226,8 @@ static double floor_us(const bench *b, int tokens)
 	double weights = b->distinct * 3.0 * HIDDEN * b->intermediate * 0.5625, rows = 2.0 * tokens * HIDDEN * 2;
 	double flops = 6.0 * tokens * TOP_K * HIDDEN * b->intermediate;
 
+	if (b->chain)
+		weights += 2.0 * EXPERTS * HIDDEN;
 	return fmax((weights + rows) / PEAK_BYTES_US, flops / PEAK_FLOPS_US);
 }
 
@@ -197,8 +250,40 @@ static int compare(const void *a, const void *b)
 	return (x > y) - (x < y);
 }
 
-/* Median over replays, a call. */
-static int time_plan(bench *b, const km_moe_plan *plan, const km_moe_problem *p, double *us, km_err *err)
+static int run_call(bench *b, const km_moe_plan *plan, const km_moe_problem *p, int call, km_err *err)
+{
+	km_moe_buffers buffers = call_buffers(b, p->tokens, call);
+
+	if (b->chain) {
+		km_router_buffers r = b->routers;
+
+		r.x = buffers.x;
+		r.w = (const char *)r.w + (size_t)(call % ROUTERS) * EXPERTS * HIDDEN * 2;
+		r.ids = (int32_t *)buffers.ids;
+		r.weights = (float *)buffers.weights;
+		KM_TRY(km_cuda_router_run(b->gpu, KM_PART_ROUTER_GATE, &b->router_plan, &b->router, &r, err));
+	}
+	return km_cuda_moe_run(b->gpu, plan, p, &buffers, err);
+}
+
+/* Without a graph, a call: what the processor's launches cost where they are slower than the work. */
+static int time_launches(bench *b, const km_moe_plan *plan, const km_moe_problem *p, double *us, km_err *err)
+{
+	int calls = 64;
+
+	for (int round = 0; round < 2; round++) {
+		KM_TRY(km_cuda_time_begin(b->gpu, err));
+		for (int i = 0; i < calls; i++)
+			KM_TRY(run_call(b, plan, p, i, err));
+		KM_TRY(km_cuda_time_end(b->gpu, us, err));
+	}
+	*us /= calls;
+	return 0;
+}
+
+/* Median over replays, a call; p95 too where wanted. */
+static int time_plan(bench *b, const km_moe_plan *plan, const km_moe_problem *p, double *us, double *p95,
+                     km_err *err)
 {
 	double guess = floor_us(b, p->tokens) * 1.5, took[64];
 	int calls = (int)(b->share * 1e6 / 8 / guess), replays, rc = 0;
@@ -208,11 +293,8 @@ static int time_plan(bench *b, const km_moe_plan *plan, const km_moe_problem *p,
 	replays = (int)(b->share * 1e6 / guess / calls);
 	replays = replays < 3 ? 3 : replays > 64 ? 64 : replays;
 	KM_TRY(km_cuda_capture_begin(b->gpu, err));
-	for (int i = 0; i < calls && rc == 0; i++) {
-		km_moe_buffers buffers = call_buffers(b, p->tokens, i);
-
-		rc = km_cuda_moe_run(b->gpu, plan, p, &buffers, err);
-	}
+	for (int i = 0; i < calls && rc == 0; i++)
+		rc = run_call(b, plan, p, i, err);
 	KM_TRY(km_cuda_capture_end(b->gpu, &graph, err));
 	for (int i = -1; i < replays && rc == 0; i++) {
 		double t = 0;
@@ -229,6 +311,8 @@ static int time_plan(bench *b, const km_moe_plan *plan, const km_moe_problem *p,
 	if (rc == 0) {
 		qsort(took, (size_t)replays, sizeof(*took), compare);
 		*us = took[replays / 2];
+		if (p95)
+			*p95 = took[replays * 95 / 100 < replays - 1 ? replays * 95 / 100 : replays - 1];
 	}
 	return rc;
 }
@@ -252,7 +336,7 @@ static int best_candidate(bench *b, const km_moe_problem *p, double *us, char *n
 		KM_TRY(km_moe_plan_make(&plan, p, &b->device, &tiles[i], err));
 		if (b->prefill && plan.form != KM_MOE_PREFILL)
 			continue;
-		KM_TRY(time_plan(b, &plan, p, &t, err));
+		KM_TRY(time_plan(b, &plan, p, &t, NULL, err));
 		if (*us == 0 || t < *us) {
 			*us = t;
 			tile_text(name, size, &plan);
@@ -272,13 +356,23 @@ static int bench_tokens(bench *b, int tokens, bool candidates, FILE *json, bool 
 	km_moe_problem p = { .tokens = tokens, .experts = EXPERTS, .global_experts = EXPERTS, .top_k = TOP_K,
 		             .hidden = HIDDEN, .intermediate = b->intermediate, .group = GROUP, .packed = true,
 		             .pdl = b->pdl };
-	double us = 0, best = 0, floor, rival = rival_us(b->tp, tokens);
+	double us = 0, p95 = 0, launches = 0, best = 0, floor, rival = rival_us(b->tp, tokens, b->chain);
 	char name[64], best_name[64] = "";
 	km_moe_plan plan;
 
 	KM_TRY(make_routings(b, tokens, err));
 	KM_TRY(km_moe_plan_make(&plan, &p, &b->device, NULL, err));
-	KM_TRY(time_plan(b, &plan, &p, &us, err));
+	if (b->chain) {
+		km_router_device d = { .capability = b->device.capability,
+			               .multiprocessors = b->device.multiprocessors, .blas = true,
+			               .pdl = b->pdl };
+
+		b->router.tokens = tokens;
+		KM_TRY(km_router_plan_make(&b->router_plan, &b->router, &d, err));
+	}
+	KM_TRY(time_plan(b, &plan, &p, &us, &p95, err));
+	if (json)
+		KM_TRY(time_launches(b, &plan, &p, &launches, err));
 	tile_text(name, sizeof(name), &plan);
 	if (candidates)
 		KM_TRY(best_candidate(b, &p, &best, best_name, sizeof(best_name), err));
@@ -290,11 +384,11 @@ static int bench_tokens(bench *b, int tokens, bool candidates, FILE *json, bool 
 	printf("\n");
 	fflush(stdout);
 	if (json)
-		fprintf(json, "%s\n  {\"tp\": %d, \"tokens\": %d, \"plan\": \"%s\", \"us_median\": %.3f, "
-		        "\"floor_us\": %.3f, \"roofline\": %.4f, \"rival_us\": %.1f, \"rival_ratio\": %.3f, "
-		        "\"best\": \"%s\", \"best_us\": %.3f}",
-		        first ? "" : ",", b->tp, tokens, name, us, floor, floor / us, rival, rival / us,
-		        best_name, best);
+		fprintf(json, "%s\n  {\"tokens\": %d, \"form\": \"%s\", \"us_median\": %.3f, \"us_p95\": %.3f, "
+		        "\"launch_us_median\": %.3f, \"gbps\": %.2f, \"roofline\": %.4f, \"baseline\": %.1f, "
+		        "\"baseline_ratio\": %.3f, \"tp\": %d, \"tile\": \"%s\", \"floor_us\": %.3f}",
+		        first ? "" : ",", tokens, b->chain ? "router+experts" : "experts", us, p95, launches,
+		        floor * PEAK_BYTES_US / us / 1e3, floor / us, rival, rival / us, b->tp, name, floor);
 	return 0;
 }
 
@@ -307,8 +401,10 @@ static int run_all(bench *b, const char *list, bool candidates, const char *path
 	if (path && !json)
 		return km_fail(err, KM_EIO, "%s cannot be written", path);
 	if (json)
-		fprintf(json, "{\"device\": \"%s\", \"toolkit\": \"%s\", \"overlap\": %s, \"rows\": [",
-		        km_cuda_info_of(b->gpu)->name, km_cuda_info_of(b->gpu)->toolkit, b->pdl ? "true" : "false");
+		fprintf(json, "{\"device\": \"%s\",\n \"toolkit\": \"%s\",\n \"commit\": \"%s\",\n \"shape\": {\"experts\": %d, "
+		        "\"top_k\": %d, \"hidden\": %d, \"intermediate\": %d, \"group\": %d, \"overlap\": %s},\n "
+		        "\"rows\": [", km_cuda_info_of(b->gpu)->name, km_cuda_info_of(b->gpu)->toolkit, b->commit,
+		        EXPERTS, TOP_K, HIDDEN, b->intermediate, GROUP, b->pdl ? "true" : "false");
 	printf("TP      M plan                                    us     floor  share     rival  ratio  TFLOP/s%s\n",
 	       candidates ? "   best of all tiles" : "");
 	while (*list && rc == 0) {
@@ -332,7 +428,7 @@ static int run_all(bench *b, const char *list, bool candidates, const char *path
 
 int main(int argc, char **argv)
 {
-	bench b = { .tp = 8, .pdl = true, .share = 0.05 };
+	bench b = { .tp = 8, .pdl = true, .share = 0.05, .commit = "" };
 	const char *list = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096", *json = NULL;
 	bool candidates = false;
 	km_err err;
@@ -349,6 +445,10 @@ int main(int argc, char **argv)
 			b.share = strtod(argv[++i], NULL);
 		else if (!strcmp(argv[i], "--json") && more)
 			json = argv[++i];
+		else if (!strcmp(argv[i], "--commit") && more)
+			b.commit = argv[++i];
+		else if (!strcmp(argv[i], "--chain"))
+			b.chain = true;
 		else if (!strcmp(argv[i], "--candidates"))
 			candidates = true;
 		else if (!strcmp(argv[i], "--all"))
