@@ -239,10 +239,14 @@ static void check_words(const km_router_shape *s, const km_router_device *d,
 
 static void test_words(void **state)
 {
+	const km_router_tuning *t = km_router_tuning_find(&h100, 384);
 	km_router_shape s = shape_of(1, 384, 8);
 	km_router_device d = h100;
+	char split[64], parts[64];
 
 	(void)state;
+	snprintf(split, sizeof(split), "%d to %d tokens", t->resident_tokens + 1, t->split_tokens);
+	snprintf(parts, sizeof(parts), "second launch; %d to %d tokens", t->split_tokens + 1, t->parts_tokens);
 	check_words(&s, &d,
 	            (const char *[]){ "resident, 128 blocks", "tuning row 90, 384 experts",
 	                              "overlap", "chain: ", NULL });
@@ -266,11 +270,10 @@ static void test_words(void **state)
 	                              "experts are above 384", NULL });
 	s = shape_of(200, 384, 8);
 	check_words(&s, &d,
-	            (const char *[]){ "in 14 parts, tiles of 128 tokens x 96 experts",
-	                              "second launch; 129 to 256 tokens", NULL });
+	            (const char *[]){ "in 14 parts, tiles of 128 tokens x 96 experts", parts, NULL });
 	d.blas = false;
 	s = shape_of(100, 384, 8);
-	check_words(&s, &d, (const char *[]){ "split over clusters of 16", "17 to 128", NULL });
+	check_words(&s, &d, (const char *[]){ "split over clusters of 16", split, NULL });
 	s = shape_of(300, 384, 8);
 	check_words(&s, &d, (const char *[]){ "cuBLASLt was not found", NULL });
 	d = (km_router_device){ .capability = 100, .multiprocessors = 148, .blas = true, .pdl = true };
