@@ -83,7 +83,6 @@ static bool is_warm(const km_profile *p, const km_profile_op *op)
 static void put_head(const km_bench_report *report, km_buf *out)
 {
 	const km_bench_options *o = report->options;
-	const km_roofline *roof = &report->roofline;
 
 	km_buf_printf(out, "model    %s: %d of %d layers, %d of them MoE, %.2f GB", o->model,
 	              report->layers, report->depth, report->moe_layers, report->weight_bytes / 1e9);
@@ -92,10 +91,9 @@ static void put_head(const km_bench_report *report, km_buf *out)
 	if (o->random && o->random->shard_of > 1)
 		km_buf_printf(out, ", one rank's slice of %d\nleft out %s", o->random->shard_of,
 		              report->left_out.data);
-	km_buf_printf(out, "\ndevice   %s\nroofline %.0f GB/s", report->device, roof->gbps);
-	if (roof->tflops > 0)
-		km_buf_printf(out, ", %.0f TFLOP/s", roof->tflops);
-	km_buf_printf(out, " (%s)\n", roof->source);
+	km_buf_printf(out, "\ndevice   %s\nroofline ", report->device);
+	km_roofline_describe(&report->roofline, out);
+	km_buf_putc(out, '\n');
 	if (o->engine->backend == KM_BACKEND_CUDA)
 		km_buf_puts(out, "columns  us: the op alone, in all layers; saved us: what the whole step takes "
 		                 "less without it\n");
