@@ -323,6 +323,23 @@ static void test_force(void **state)
 	assert_int_equal(plan.split_experts, 96);
 }
 
+/* The floor of the router is its weights' at few tokens, its products' at many; the gate's is its logits'. */
+static void test_floor(void **state)
+{
+	static const km_roofline r = { 3100, 780, "H100" };
+	km_router_shape s = shape_of(1, 384, 8);
+	double weights = 384.0 * 7168 * 2;
+
+	(void)state;
+	assert_float_equal(km_router_bench_bytes(&s, "router"), weights + 7168 * 2 + 384 * 4, 0.5);
+	assert_float_equal(km_router_bench_flops(&s, "chain"), weights, 0.5);
+	assert_true(km_router_bench_flops(&s, "gate") == 0);
+	assert_float_equal(km_roofline_us(&r, weights, km_router_bench_flops(&s, "router")), 1.78, 0.01);
+	s.tokens = 40000;
+	assert_float_equal(km_roofline_us(&r, km_router_bench_bytes(&s, "router"),
+	                                  km_router_bench_flops(&s, "router")), 282.3, 0.1);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -330,6 +347,7 @@ int main(void)
 		cmocka_unit_test(test_limits_of_tuning), cmocka_unit_test(test_without_blas),
 		cmocka_unit_test(test_older_gpus), cmocka_unit_test(test_words),
 		cmocka_unit_test(test_limits_of_times), cmocka_unit_test(test_force),
+		cmocka_unit_test(test_floor),
 	};
 
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -98,6 +98,13 @@ double km_router_bench_bytes(const km_router_shape *s, const char *form)
 	return weights + x + selected + places * 4; /* the chain: logits need not reach memory */
 }
 
+double km_router_bench_flops(const km_router_shape *s, const char *form)
+{
+	bool product = !strcmp(form, "router") || !strcmp(form, "one-launch") || !strcmp(form, "chain");
+
+	return product ? 2.0 * s->tokens * s->experts * s->hidden : 0;
+}
+
 /* The CPU's forms: ops of the best instruction set, f32 activations. */
 typedef struct cpu_bench {
 	const km_ops *ops;
@@ -243,12 +250,12 @@ static void plan_rows(km_router_bench_report *r, const km_router_bench_options *
 	}
 }
 
-static int describe_device(km_router_bench_report *r, double *gbps, km_err *err)
+static int describe_device(km_router_bench_report *r, km_err *err)
 {
 	km_cuda_info info;
 
-	*gbps = 0;
 	if (!r->gpu) {
+		r->roofline.source = "a CPU's is not measured here";
 		snprintf(r->device, sizeof(r->device), "CPU (%s)", km_cpu_ops(NULL)->name);
 		snprintf(r->toolkit, sizeof(r->toolkit), "gcc " __VERSION__);
 		return 0;
@@ -256,19 +263,18 @@ static int describe_device(km_router_bench_report *r, double *gbps, km_err *err)
 	KM_TRY(km_cuda_describe(0, &info, err));
 	memcpy(r->device, info.name, sizeof(r->device));
 	memcpy(r->toolkit, info.toolkit, sizeof(r->toolkit));
-	*gbps = info.memory_gbps;
+	km_roofline_of_gpu(&info, &r->roofline);
 	return 0;
 }
 
 int km_router_bench_run(km_router_bench_report *r, const km_router_bench_options *o, km_err *err)
 {
 	km_progress progress;
-	double gbps;
 	int rc;
 
 	*r = (km_router_bench_report){ .gpu = km_cuda_count(NULL) > 0, .shape = o->shape };
 	r->overlap = r->gpu && o->overlap;
-	KM_TRY(describe_device(r, &gbps, err));
+	KM_TRY(describe_device(r, err));
 	plan_rows(r, o);
 	km_progress_init(&progress, "timing", "forms", r->count, o->quiet);
 #if KM_CUDA
@@ -279,11 +285,15 @@ int km_router_bench_run(km_router_bench_report *r, const km_router_bench_options
 #endif
 	km_progress_finish(&progress);
 	for (int i = 0; i < r->count && rc == 0; i++) {
+		km_router_bench_row *row = &r->rows[i];
 		km_router_shape s = o->shape;
+		double bytes;
 
-		s.tokens = r->rows[i].tokens;
-		r->rows[i].gbps = km_router_bench_bytes(&s, r->rows[i].form) / r->rows[i].us_median * 1e-3;
-		r->rows[i].roofline = gbps > 0 ? r->rows[i].gbps / gbps : 0;
+		s.tokens = row->tokens;
+		bytes = km_router_bench_bytes(&s, row->form);
+		row->gbps = bytes / row->us_median * 1e-3;
+		row->roofline = km_roofline_us(&r->roofline, bytes, km_router_bench_flops(&s, row->form)) /
+		                row->us_median;
 	}
 	if (rc < 0)
 		km_router_bench_release(r);

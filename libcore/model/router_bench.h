@@ -14,6 +14,7 @@
 #include "base/buf.h"
 #include "base/progress.h"
 #include "device/cuda_router.h"
+#include "device/roofline.h"
 
 typedef struct km_router_bench_options {
 	km_router_shape shape; /* tokens is not read */
@@ -29,13 +30,14 @@ typedef struct km_router_bench_row {
 	double us_median, us_p95;
 	double launch_us_median; /* plain launches; 0 on the CPU */
 	double gbps;             /* bytes that must move, over us_median */
-	double roofline;         /* share of the memory's nominal bandwidth; 0: not known */
+	double roofline;         /* least time at the device's rates, over us_median; 0: not known */
 	double baseline_us;      /* 0: none */
 } km_router_bench_row;
 
 typedef struct km_router_bench_report {
 	char device[256], toolkit[64];
 	bool gpu;
+	km_roofline roofline; /* of the GPU; of a CPU not known */
 	km_router_shape shape;
 	bool overlap;
 	km_router_bench_row *rows; /* owned */
@@ -60,8 +62,9 @@ void km_router_bench_limits(const double *us, const int *tokens, int points, int
 /* Forms that a shape has at a token count, on the GPU or on the CPU. */
 int km_router_bench_forms(const km_router_shape *shape, bool gpu, const char **forms);
 
-/* Bytes that a form must move at least. */
+/* Bytes that a form must move at least, and the multiply-adds, times two, of its matrix product. */
 double km_router_bench_bytes(const km_router_shape *shape, const char *form);
+double km_router_bench_flops(const km_router_shape *shape, const char *form);
 
 /* The two halves. `row` has its tokens and form. */
 typedef struct km_router_bench km_router_bench;

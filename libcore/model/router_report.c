@@ -8,10 +8,13 @@ void km_router_report_table(const km_router_bench_report *r, km_buf *out)
 {
 	int last = 0;
 
-	km_buf_printf(out, "%s, %s\n%d experts, top %d, hidden %d, %s weights, launches %s\n\n", r->device,
+	km_buf_printf(out, "%s, %s\n%d experts, top %d, hidden %d, %s weights, launches %s\n", r->device,
 	              r->toolkit, r->shape.experts, r->shape.top_k, r->shape.hidden,
 	              r->shape.weights_f32 ? "f32" : "bf16",
 	              r->overlap ? "overlap" : r->gpu ? "do not overlap" : "are calls");
+	km_buf_puts(out, "roofline: ");
+	km_roofline_describe(&r->roofline, out);
+	km_buf_puts(out, "\n\n");
 	km_buf_printf(out, "%7s  %-11s %10s %10s %10s %9s %6s%s\n", "tokens", "form", "us", "p95",
 	              r->gpu ? "plain us" : "", "GB/s", "roof", r->rows[0].baseline_us > 0 ? "  baseline" : "");
 	for (int i = 0; i < r->count; i++) {
@@ -75,6 +78,10 @@ void km_router_report_json(const km_router_bench_report *r, const char *commit, 
 	put_string(out, r->toolkit);
 	km_buf_puts(out, ",\n \"commit\": ");
 	put_string(out, commit);
+	km_buf_puts(out, ",\n \"roofline_source\": ");
+	put_string(out, r->roofline.source);
+	put_or_null(out, "roofline_gbps", r->roofline.gbps, 0);
+	put_or_null(out, "roofline_tflops", r->roofline.tflops, 0);
 	km_buf_puts(out, ",\n \"shape\": ");
 	put_shape(r, out);
 	km_buf_puts(out, ",\n \"rows\": [");
