@@ -80,7 +80,7 @@ int km_moe_target_make(km_moe_target *t, const km_moe_problem *p, const char *na
 	t->context.device = (km_moe_device){ info.capability, info.multiprocessors };
 	t->context.problem.pdl = info.capability >= 90;
 	t->key = km_moe_tune_key(p, info.name, info.runtime);
-	t->memory_gbps = info.memory_gbps;
+	km_roofline_of_gpu(&info, &t->roofline);
 	memcpy(t->toolkit, info.toolkit, sizeof(t->toolkit));
 	return 0;
 }
@@ -95,11 +95,14 @@ void km_moe_target_describe(const km_moe_target *t, const char *path, km_buf *ou
 	              "groups of %d\n",
 	              p->experts, p->global_experts, p->top_k, p->hidden, p->intermediate,
 	              p->group);
-	if (t->present)
-		km_buf_printf(out, "device  %s, %s\n", t->key.device_name, t->toolkit);
-	else
+	if (t->present) {
+		km_buf_printf(out, "device  %s, %s; roofline ", t->key.device_name, t->toolkit);
+		km_roofline_describe(&t->roofline, out);
+		km_buf_putc(out, '\n');
+	} else {
 		km_buf_printf(out, "device  %s, which is not here (%s)\n", t->key.device_name,
 		              t->why);
+	}
 	km_buf_printf(out, "file    %s\n", path);
 }
 
@@ -199,6 +202,16 @@ double km_moe_floor_bytes(const km_moe_problem *p, int tokens)
 	return touched * expert + 4.0 * tokens * p->hidden; /* bf16 in and out */
 }
 
+/* At the device's rates; of the products this rank's part. 0: not known. */
+static double floor_us(const km_moe_target *t, int tokens)
+{
+	const km_moe_problem *p = &t->context.problem;
+	double places = (double)tokens * p->top_k * p->experts / p->global_experts;
+
+	return km_roofline_us(&t->roofline, km_moe_floor_bytes(p, tokens),
+	                      6.0 * places * p->hidden * p->intermediate);
+}
+
 void km_moe_rows_head(km_buf *out)
 {
 	km_buf_printf(out, "%7s %10s %10s %7s %7s %6s   %-22s %s\n", "tokens", "us", "plan us",
@@ -216,8 +229,8 @@ void km_moe_rows_add(const km_moe_target *t, const km_tune_entry *e, int candida
 
 	if (e->plan_us > 0 && e->us > 0 && e->us < e->plan_us)
 		snprintf(won, sizeof(won), "%.1f%%", 100 * (e->plan_us / e->us - 1));
-	if (t->memory_gbps > 0)
-		snprintf(roof, sizeof(roof), "%.0f%%", 100 * gbps / t->memory_gbps);
+	if (e->us > 0 && floor_us(t, e->tokens) > 0)
+		snprintf(roof, sizeof(roof), "%.0f%%", 100 * floor_us(t, e->tokens) / e->us);
 	print_tile(&tile, &text);
 	km_buf_printf(out, "%7d %10.2f %10.2f %7s %7.0f %6s %-26s", e->tokens, e->us, e->plan_us,
 	              won, gbps, roof, text.data);

@@ -8,6 +8,7 @@
 
 #include "device/cuda.h"
 #include "device/moe_tune.h"
+#include "device/roofline.h"
 #include "device/tuner.h"
 #include "model/config.h"
 
@@ -20,9 +21,9 @@ typedef struct km_moe_target {
 	km_moe_tune_context context;
 	km_tune_key key;
 	char toolkit[64];
-	double memory_gbps; /* 0: not known */
-	bool present;       /* this machine has it; else it is only named */
-	char why[256];      /* not present: why */
+	km_roofline roofline;
+	bool present;  /* this machine has it; else it is only named */
+	char why[256]; /* not present: why */
 } km_moe_target;
 
 /* This machine's GPU 0; where there is none, the device called `name` with an H100's numbers. A
