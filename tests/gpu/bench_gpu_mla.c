@@ -2,19 +2,21 @@
  * How fast attention is on this GPU: each part of a decode step, prefill, rope and KV write.
  *
  * A graph of calls over rotating caches and weights (160 MB of them or more, so that they come from
- * memory), replayed; the median of the replays, by events. "of bound": the larger of bytes over
- * 3.10 TB/s and flops over 780 TFLOP/s, the rates measured on an H100, over the time; for a GPU
- * with other rates: bench_gpu_mla decode|splits|prefill|all [TB/s TFLOP/s].
+ * memory), replayed; the median of the replays, by events. "bound": the time of the bytes or of the
+ * flops, whichever is longer, at the device's rates (device/roofline.h); "share" is of that.
+ *
+ * bench_gpu_mla [decode|splits|prefill|all]
  */
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/buf.h"
 #include "base/mem.h"
 #include "base/rng.h"
 #include "device/cuda_mla.h"
 #include "device/cuda_state.h"
+#include "device/roofline.h"
 #include "format/dtype.h"
 #include "mla.h"
 
@@ -24,7 +26,7 @@ static const size_t POOL_BYTES = (size_t)10 << 30, ROTATED_BYTES = (size_t)160 <
 
 static km_cuda *gpu;
 static km_err err;
-static double bytes_per_us = 3.10e6, flops_per_us = 780e6;
+static km_roofline roofline;
 static void *pool, *weights; /* random bf16 or e4m3 */
 
 static void must(int rc)
@@ -209,9 +211,10 @@ static void make_sets(decode_bench *b, const km_mla_decode_plan *plan)
 	free(len);
 }
 
+/* 0 where the device's rates are not known; so then is every share. */
 static double bound(double bytes, double flops)
 {
-	return fmax(bytes / bytes_per_us, flops / flops_per_us);
+	return km_roofline_us(&roofline, bytes, flops);
 }
 
 static km_mla_decode_plan plan_for(const km_mla_shape *s, int seqs, int context)
@@ -324,10 +327,9 @@ static void bench_prefill(int rows, int heads)
 	fill((void *)(uintptr_t)a.kv, kv_bytes, false, 1);
 	gather = time_prefill(&a, kk_mla_gather);
 	us = time_prefill(&a, kk_mla_prefill);
-	printf("prefill: %d rows, %d heads: attention %.1f us, %.0f TFLOP/s, %.0f%% of %.0f; "
+	printf("prefill: %d rows, %d heads: attention %.1f us, %.0f TFLOP/s, %.0f%% of bound; "
 	       "gather %.2f us\n",
-	       rows, heads, us, flops / us * 1e-6, 100 * flops / us / flops_per_us,
-	       flops_per_us * 1e-6, gather);
+	       rows, heads, us, flops / us * 1e-6, 100 * bound(0, flops) / us, gather);
 	fflush(stdout);
 	free(plan.runs);
 	free(plan.tiles);
@@ -412,17 +414,21 @@ int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "all";
 	bool all = strcmp(what, "all") == 0;
+	km_buf rates = KM_BUF_INIT;
 
-	if (argc > 3) {
-		bytes_per_us = strtod(argv[2], NULL) * 1e6;
-		flops_per_us = strtod(argv[3], NULL) * 1e6;
+	if (argc > 2 || (!all && strcmp(what, "decode") && strcmp(what, "splits") && strcmp(what, "prefill"))) {
+		fprintf(stderr, "usage: bench_gpu_mla [decode|splits|prefill|all]\n");
+		return 2;
 	}
 	if (!km_cuda_count(&err)) {
 		printf("skip: %s\n", err.msg);
 		return 0;
 	}
 	must(km_cuda_open(&gpu, 0, POOL_BYTES + ((size_t)6 << 30), &err));
-	printf("# %s, %s; us a call\n", gpu->info.name, gpu->info.toolkit);
+	km_roofline_of_gpu(&gpu->info, &roofline);
+	km_roofline_describe(&roofline, &rates);
+	printf("# %s, %s; us a call; bound: %s\n", gpu->info.name, gpu->info.toolkit, rates.data);
+	km_buf_release(&rates);
 	pool = take(POOL_BYTES);
 	weights = take((size_t)10 * 64 * 256 * 512 * 2);
 	fill(pool, POOL_BYTES, false, 1);

@@ -7,32 +7,34 @@
  * Kimi K2.5's experts (384, top 8, hidden 7168, int4 in groups of 32; intermediate 2048 / N), all of them
  * in memory. A graph of many calls, each with the next of 16 (4, then 2 for many tokens) uniform random
  * routings, so that weights come from memory but for chance; the median over replays, divided by the
- * calls. The floor is the distinct experts' bytes, x and y at 3.10 TB/s, or the products at 780 TFLOP/s.
- * With --candidates each tile the planner lists is timed, and the best is shown beside the plan's own; --all shows each,
- * --prefill each of the form for many tokens.
+ * calls. The floor is the time of the distinct experts' bytes, x and y, or of the products, at the device's
+ * rates (device/roofline.h).
+ * With --candidates each tile the planner lists is timed, and the best is shown beside the plan's own; --all
+ * shows each, --prefill each of the form for many tokens.
  * With --chain the calls begin at the hidden state: the router's GEMM and gate in one launch, then the experts
  * that it chose; the router's weights are 30 copies in rotation, its bytes are in the floor.
- * The rivals' figures are the better of SGLang's and vLLM's Marlin pipelines, same method, one H100.
+ * The rivals' figures are the better of SGLang's and vLLM's Marlin pipelines, same method, one H100; on
+ * another device they are shown, and compared with nothing.
  */
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/buf.h"
 #include "base/mem.h"
 #include "base/rng.h"
 #include "device/cuda_moe.h"
 #include "device/cuda_router.h"
+#include "device/roofline.h"
 #include "format/dtype.h"
 #include "format/moe_layout.h"
 #include "model/router.h"
 
 enum { ROUTERS = 30, EXPERTS = 384, TOP_K = 8, HIDDEN = 7168, GROUP = 32, MODELS = 6, MAX_M = 8192, MAX_TILES = 128 };
 
-#define PEAK_BYTES_US 3.10e6
-#define PEAK_FLOPS_US 780e6
-
 #if KM_CUDA
+
+static const char *const rivals_device = "NVIDIA H100 80GB HBM3";
 
 static const struct rival {
 	int tp, tokens;
@@ -64,6 +66,7 @@ static double rival_us(int tp, int tokens, bool chain)
 typedef struct bench {
 	km_cuda *gpu;
 	km_moe_device device;
+	km_roofline roofline;
 	int tp, intermediate, routings;
 	bool pdl, all, prefill, chain;
 	const char *commit;
@@ -221,14 +224,24 @@ static int make_routings(bench *b, int tokens, km_err *err)
 	return rc;
 }
 
+/* The weights of what was hit, x and y. */
+static double least_bytes(const bench *b, int tokens)
+{
+	double experts = b->distinct * 3.0 * HIDDEN * b->intermediate * 0.5625, rows = 2.0 * tokens * HIDDEN * 2;
+
+	return experts + rows + (b->chain ? 2.0 * EXPERTS * HIDDEN : 0);
+}
+
+static double least_flops(const bench *b, int tokens)
+{
+	double experts = 6.0 * tokens * TOP_K * HIDDEN * b->intermediate;
+
+	return experts + (b->chain ? 2.0 * tokens * EXPERTS * HIDDEN : 0);
+}
+
 static double floor_us(const bench *b, int tokens)
 {
-	double weights = b->distinct * 3.0 * HIDDEN * b->intermediate * 0.5625, rows = 2.0 * tokens * HIDDEN * 2;
-	double flops = 6.0 * tokens * TOP_K * HIDDEN * b->intermediate;
-
-	if (b->chain)
-		weights += 2.0 * EXPERTS * HIDDEN;
-	return fmax((weights + rows) / PEAK_BYTES_US, flops / PEAK_FLOPS_US);
+	return km_roofline_us(&b->roofline, least_bytes(b, tokens), least_flops(b, tokens));
 }
 
 /* x and y in rotation too: of many tokens the whole, of few a piece of the same buffer. */
@@ -285,7 +298,7 @@ static int time_launches(bench *b, const km_moe_plan *plan, const km_moe_problem
 static int time_plan(bench *b, const km_moe_plan *plan, const km_moe_problem *p, double *us, double *p95,
                      km_err *err)
 {
-	double guess = floor_us(b, p->tokens) * 1.5, took[64];
+	double guess = least_bytes(b, p->tokens) / 2e6 + least_flops(b, p->tokens) / 5e8, took[64]; /* us */
 	int calls = (int)(b->share * 1e6 / 8 / guess), replays, rc = 0;
 	km_cuda_graph *graph = NULL;
 
@@ -351,13 +364,69 @@ static int best_candidate(bench *b, const km_moe_problem *p, double *us, char *n
 	return 0;
 }
 
+typedef struct row {
+	int tokens;
+	double us, p95, launch_us, floor_us;
+	double rival_us; /* 0: none */
+	char plan[64];
+} row;
+
+static bool rivals_ran_here(const bench *b)
+{
+	return !strcmp(km_cuda_info_of(b->gpu)->name, rivals_device);
+}
+
+/* What is not known, and what was measured on another device, is a dash. */
+static void put_row(const bench *b, const row *r)
+{
+	printf("%2d %6d %-32s %9.2f ", b->tp, r->tokens, r->plan, r->us);
+	if (r->floor_us > 0)
+		printf("%9.2f %5.1f%% ", r->floor_us, 100 * r->floor_us / r->us);
+	else
+		printf("%9s %6s ", "-", "-");
+	if (r->rival_us > 0)
+		printf("%10.1f ", r->rival_us);
+	else
+		printf("%10s ", "-");
+	if (r->rival_us > 0 && rivals_ran_here(b))
+		printf("%6.2f ", r->rival_us / r->us);
+	else
+		printf("%6s ", "-");
+	printf("%8.1f", 1e-6 * least_flops(b, r->tokens) / r->us);
+}
+
+static void put_or_null(FILE *json, const char *name, double v, int digits)
+{
+	if (v > 0)
+		fprintf(json, ", \"%s\": %.*f", name, digits, v);
+	else
+		fprintf(json, ", \"%s\": null", name);
+}
+
+static void put_json_row(const bench *b, const row *r, FILE *json, bool first)
+{
+	double baseline = rivals_ran_here(b) ? r->rival_us : 0;
+
+	fprintf(json, "%s\n  {\"tokens\": %d, \"form\": \"%s\", \"us_median\": %.3f, \"us_p95\": %.3f, "
+	        "\"launch_us_median\": %.3f, \"gbps\": %.2f", first ? "" : ",", r->tokens,
+	        b->chain ? "router+experts" : "experts", r->us, r->p95, r->launch_us,
+	        least_bytes(b, r->tokens) / r->us / 1e3);
+	put_or_null(json, "roofline", r->floor_us / r->us, 4);
+	put_or_null(json, "baseline", baseline, 1);
+	put_or_null(json, "baseline_ratio", baseline / r->us, 3);
+	fprintf(json, ", \"tp\": %d, \"tile\": \"%s\"", b->tp, r->plan);
+	put_or_null(json, "floor_us", r->floor_us, 3);
+	fprintf(json, "}");
+}
+
 static int bench_tokens(bench *b, int tokens, bool candidates, FILE *json, bool first, km_err *err)
 {
 	km_moe_problem p = { .tokens = tokens, .experts = EXPERTS, .global_experts = EXPERTS, .top_k = TOP_K,
 		             .hidden = HIDDEN, .intermediate = b->intermediate, .group = GROUP, .packed = true,
 		             .pdl = b->pdl };
-	double us = 0, p95 = 0, launches = 0, best = 0, floor, rival = rival_us(b->tp, tokens, b->chain);
-	char name[64], best_name[64] = "";
+	row r = { .tokens = tokens, .rival_us = rival_us(b->tp, tokens, b->chain) };
+	double best = 0;
+	char best_name[64] = "";
 	km_moe_plan plan;
 
 	KM_TRY(make_routings(b, tokens, err));
@@ -370,26 +439,44 @@ static int bench_tokens(bench *b, int tokens, bool candidates, FILE *json, bool 
 		b->router.tokens = tokens;
 		KM_TRY(km_router_plan_make(&b->router_plan, &b->router, &d, err));
 	}
-	KM_TRY(time_plan(b, &plan, &p, &us, &p95, err));
+	KM_TRY(time_plan(b, &plan, &p, &r.us, &r.p95, err));
 	if (json)
-		KM_TRY(time_launches(b, &plan, &p, &launches, err));
-	tile_text(name, sizeof(name), &plan);
+		KM_TRY(time_launches(b, &plan, &p, &r.launch_us, err));
+	tile_text(r.plan, sizeof(r.plan), &plan);
+	r.floor_us = floor_us(b, tokens);
 	if (candidates)
 		KM_TRY(best_candidate(b, &p, &best, best_name, sizeof(best_name), err));
-	floor = floor_us(b, tokens);
-	printf("%2d %6d %-32s %9.2f %9.2f %5.1f%% %9.1f %6.2f %8.1f", b->tp, tokens, name, us, floor,
-	       100 * floor / us, rival, rival / us, 6e-6 * tokens * TOP_K * HIDDEN * b->intermediate / us);
+	put_row(b, &r);
 	if (candidates)
-		printf("   %-32s %9.2f %5.1f%%", best_name, best, 100 * floor / best);
+		printf("   %-32s %9.2f %5.1f%%", best_name, best, 100 * r.floor_us / best);
 	printf("\n");
 	fflush(stdout);
 	if (json)
-		fprintf(json, "%s\n  {\"tokens\": %d, \"form\": \"%s\", \"us_median\": %.3f, \"us_p95\": %.3f, "
-		        "\"launch_us_median\": %.3f, \"gbps\": %.2f, \"roofline\": %.4f, \"baseline\": %.1f, "
-		        "\"baseline_ratio\": %.3f, \"tp\": %d, \"tile\": \"%s\", \"floor_us\": %.3f}",
-		        first ? "" : ",", tokens, b->chain ? "router+experts" : "experts", us, p95, launches,
-		        floor * PEAK_BYTES_US / us / 1e3, floor / us, rival, rival / us, b->tp, name, floor);
+		put_json_row(b, &r, json, first);
 	return 0;
+}
+
+static void put_head(const bench *b, bool candidates, FILE *json)
+{
+	const km_cuda_info *info = km_cuda_info_of(b->gpu);
+	km_buf rates = KM_BUF_INIT;
+
+	km_roofline_describe(&b->roofline, &rates);
+	printf("# %s, %s; floor: %s\n# rival: the better of SGLang's and vLLM's Marlin pipelines, on an %s%s\n",
+	       info->name, info->toolkit, rates.data, rivals_device,
+	       rivals_ran_here(b) ? "" : ", so without a ratio here");
+	printf("TP      M plan                                    us     floor  share H100 rival  ratio  TFLOP/s%s\n",
+	       candidates ? "   best of all tiles" : "");
+	if (json) {
+		fprintf(json, "{\"device\": \"%s\",\n \"toolkit\": \"%s\",\n \"commit\": \"%s\",\n \"roofline_source\": "
+		        "\"%s\"", info->name, info->toolkit, b->commit, b->roofline.source);
+		put_or_null(json, "roofline_gbps", b->roofline.gbps, 0);
+		put_or_null(json, "roofline_tflops", b->roofline.tflops, 0);
+		fprintf(json, ",\n \"shape\": {\"experts\": %d, \"top_k\": %d, \"hidden\": %d, \"intermediate\": %d, "
+		        "\"group\": %d, \"overlap\": %s},\n \"rows\": [", EXPERTS, TOP_K, HIDDEN, b->intermediate,
+		        GROUP, b->pdl ? "true" : "false");
+	}
+	km_buf_release(&rates);
 }
 
 static int run_all(bench *b, const char *list, bool candidates, const char *path, km_err *err)
@@ -400,13 +487,7 @@ static int run_all(bench *b, const char *list, bool candidates, const char *path
 
 	if (path && !json)
 		return km_fail(err, KM_EIO, "%s cannot be written", path);
-	if (json)
-		fprintf(json, "{\"device\": \"%s\",\n \"toolkit\": \"%s\",\n \"commit\": \"%s\",\n \"shape\": {\"experts\": %d, "
-		        "\"top_k\": %d, \"hidden\": %d, \"intermediate\": %d, \"group\": %d, \"overlap\": %s},\n "
-		        "\"rows\": [", km_cuda_info_of(b->gpu)->name, km_cuda_info_of(b->gpu)->toolkit, b->commit,
-		        EXPERTS, TOP_K, HIDDEN, b->intermediate, GROUP, b->pdl ? "true" : "false");
-	printf("TP      M plan                                    us     floor  share     rival  ratio  TFLOP/s%s\n",
-	       candidates ? "   best of all tiles" : "");
+	put_head(b, candidates, json);
 	while (*list && rc == 0) {
 		char *end;
 		long tokens = strtol(list, &end, 10);
@@ -420,8 +501,10 @@ static int run_all(bench *b, const char *list, bool candidates, const char *path
 		list = *end == ',' ? end + 1 : end;
 	}
 	if (json) {
-		fprintf(json, "\n]}\n");
-		fclose(json);
+		bool written = fprintf(json, "\n]}\n") > 0 && !ferror(json);
+
+		if ((fclose(json) || !written) && rc == 0)
+			rc = km_fail(err, KM_EIO, "%s cannot be written", path);
 	}
 	return rc;
 }
@@ -475,6 +558,7 @@ int main(int argc, char **argv)
 	if (rc == 0) {
 		b.device = (km_moe_device){ km_cuda_info_of(b.gpu)->capability,
 			                    km_cuda_info_of(b.gpu)->multiprocessors };
+		km_roofline_of_gpu(km_cuda_info_of(b.gpu), &b.roofline);
 		rc = open_bench(&b, &err);
 	}
 	if (rc == 0)
