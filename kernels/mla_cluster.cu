@@ -9,8 +9,8 @@
  *   three launches  mla_absorb.cu, mla_decode.cu: any length, any number of rows
  *   here            us on H100, launches overlapping, cold: 1 row of 1,024 tokens 6.7 (three launches
  *                   12), 4 rows 9.0; with this step's KV 7.2 and 9.4 (with rope_kv's launch 14 and 15). A
- *                   tile more in a block costs 3.5, so 2,048 tokens, 10.2, belong to the three
- *                   launches.
+ *                   tile more in a block costs 3.5: a row of 1,025 to 2,048 tokens takes 10.2, still less
+ *                   than rope_kv and three launches at 1,024. Longer rows are the three launches'.
  *
  * Block r of the 16 has head r / 2 for the products with kv_b: of W_kc half the columns, in registers,
  * of W_vc half the values, in shared memory, both on their way before the predecessor has ended; and

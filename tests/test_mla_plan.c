@@ -57,9 +57,11 @@ static void test_splits(void **state)
 	assert_in_range(km_mla_plan_decode(&s, 128, 8192, &h100).splits, 1, 1);
 	s.heads = 8;
 	assert_int_equal(km_mla_plan_decode(&s, 1, 1024, &h100).v_blocks, 4);
+	/* Up to two tiles of each of the 16 blocks that share a row, a few rows. */
 	assert_true(km_mla_plan_decode(&s, 1, 1024, &h100).cluster);
-	assert_false(km_mla_plan_decode(&s, 16, 1024, &h100).cluster);
-	assert_false(km_mla_plan_decode(&s, 1, 8192, &h100).cluster);
+	assert_true(km_mla_plan_decode(&s, 6, 2048, &h100).cluster);
+	assert_false(km_mla_plan_decode(&s, 7, 1024, &h100).cluster);
+	assert_false(km_mla_plan_decode(&s, 1, 2049, &h100).cluster);
 	s.heads = 64;
 	assert_false(km_mla_plan_decode(&s, 1, 1024, &h100).cluster);
 }

@@ -55,9 +55,11 @@ static int choose_v_blocks(int heads, int seqs, int multiprocessors)
 
 /*
  * One launch, a cluster of 16 blocks a row, for the 8 heads of a slice: it wins where a chain of
- * latencies is all there is. The GPU holds seven such clusters at a time or so.
+ * latencies is all there is. The GPU holds seven such clusters at a time or so. Up to
+ * CLUSTER_CONTEXT a block has at most two tiles of its row, by the row's length and not by the
+ * longest that the plan is for (us on H100: mla_cluster.cu).
  */
-enum { CLUSTER_HEADS = 8, CLUSTER_SEQS = 6, CLUSTER_CONTEXT = 1024 };
+enum { CLUSTER_HEADS = 8, CLUSTER_SEQS = 6, CLUSTER_CONTEXT = 2048 };
 
 km_mla_decode_plan km_mla_plan_decode(const km_mla_shape *shape, int seqs, int max_context,
                                       const km_mla_device *device)
