@@ -71,15 +71,17 @@ typedef struct kk_gather_args {
 cudaError_t kk_gather(const kk_gather_args *args, cudaStream_t stream);
 
 /*
- * y_i = x W_iᵀ for one or two weights over the same x, in one launch. With `accumulate` the product
- * is added to y (f32 only).
+ * y_i = x W_iᵀ for one to three weights over the same x, in one launch; three in the slab form alone.
+ * With `accumulate` the product is added to y (f32 only).
  */
+enum { KK_LINEAR_WEIGHTS = 3 };
+
 typedef struct kk_linear_args {
-	const void *x;  /* bf16 [tokens, x_stride] */
-	km_weight w[2]; /* cols the same */
-	void *y[2];     /* f32 or bf16 [tokens, y_stride[i]], w[i].rows written */
-	int y_stride[2];
-	int weights; /* 1 or 2 */
+	const void *x;                  /* bf16 [tokens, x_stride] */
+	km_weight w[KK_LINEAR_WEIGHTS]; /* cols the same */
+	void *y[KK_LINEAR_WEIGHTS];     /* f32 or bf16 [tokens, y_stride[i]], w[i].rows written */
+	int y_stride[KK_LINEAR_WEIGHTS];
+	int weights;
 	int tokens, x_stride;
 	bool y_bf16, accumulate, pdl;
 } kk_linear_args;

@@ -60,8 +60,8 @@ enum slab_form { FORM_GIVEN, FORM_NORM, FORM_NORM_LONG, FORM_SILU };
 
 /* How the work is cut; the same for every block. */
 struct slab_cut {
-	int rows, slabs, slabs_of_first; /* of the first weight */
-	int columns, pitch;              /* of a stage; bytes from row to row */
+	int rows, slabs, end[KK_LINEAR_WEIGHTS]; /* of a slab; of them, up to each weight's last */
+	int columns, pitch;                      /* of a stage; bytes from row to row */
 	int stages, stage_bytes, x_pitch, at_stages;
 };
 
@@ -79,9 +79,9 @@ __device__ __forceinline__ slab find_slab(const slab_run &r, int i)
 {
 	slab s;
 
-	s.weight = i >= r.cut.slabs_of_first;
-	s.first = (i - (s.weight ? r.cut.slabs_of_first : 0)) * r.cut.rows;
-	s.rows = min(r.cut.rows, (s.weight ? r.a.linear.w[1].rows : r.a.linear.w[0].rows) - s.first);
+	s.weight = (i >= r.cut.end[0]) + (i >= r.cut.end[1]);
+	s.first = (i - (s.weight ? r.cut.end[s.weight - 1] : 0)) * r.cut.rows;
+	s.rows = min(r.cut.rows, r.a.linear.w[s.weight].rows - s.first);
 	return s;
 }
 
@@ -94,8 +94,7 @@ __device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, in
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x) {
 		slab s = find_slab(r, i);
 		const char *from =
-			(const char *)(s.weight ? r.a.linear.w[1].data : r.a.linear.w[0].data) +
-			(size_t)s.first * cols * 2;
+			(const char *)r.a.linear.w[s.weight].data + (size_t)s.first * cols * 2;
 
 		for (int c = 0; c < cols; c += r.cut.columns, n++) {
 			int stage = n % r.cut.stages, bytes = min(r.cut.columns, cols - c) * 2;
@@ -416,17 +415,39 @@ static int ceil_div(int a, int b)
 	return (a + b - 1) / b;
 }
 
+/* Each weight's rows in slabs of `rows`; how many slabs there are. */
+static int count_slabs(const kk_linear_args *l, int rows, int (&end)[KK_LINEAR_WEIGHTS])
+{
+	int slabs = 0;
+
+	for (int i = 0; i < KK_LINEAR_WEIGHTS; i++)
+		end[i] = slabs += i < l->weights ? ceil_div(l->w[i].rows, rows) : 0;
+	return slabs;
+}
+
+/* Slabs as even as they can be, so that no block has a turn more than it need have: of several weights
+ * each may leave a slab that is not full. */
+static void cut_rows(slab_cut *c, const kk_linear_args *l, int blocks)
+{
+	int all = 0, turns;
+
+	for (int i = 0; i < l->weights; i++)
+		all += l->w[i].rows;
+	turns = ceil_div(all, blocks * MOST_GROUPS * 16);
+	c->rows = ceil_div(all, blocks * turns);
+	while ((c->slabs = count_slabs(l, c->rows, c->end)) > blocks * turns &&
+	       c->rows < MOST_GROUPS * 16)
+		c->rows++;
+}
+
 /* One block a multiprocessor where x is long, since each block makes all of it; else two. */
 static void cut_slabs(slab_run *r, int blocks, int room, int stage_bytes)
 {
 	const kk_linear_args *l = &r->a.linear;
 	slab_cut *c = &r->cut;
-	int cols = l->w[0].cols, rows[2] = {l->w[0].rows, l->weights > 1 ? l->w[1].rows : 0};
-	int all = rows[0] + rows[1], turns = ceil_div(all, blocks * MOST_GROUPS * 16);
+	int cols = l->w[0].cols;
 
-	c->rows = ceil_div(all, blocks * turns);
-	c->slabs_of_first = ceil_div(rows[0], c->rows);
-	c->slabs = c->slabs_of_first + ceil_div(rows[1], c->rows);
+	cut_rows(c, l, blocks);
 	c->columns = stage_bytes / (c->rows * STEP * 2) * STEP;
 	if (c->columns < STEP)
 		c->columns = STEP;
@@ -479,7 +500,7 @@ cudaError_t kk_linear_slab(const kk_linear_slab_args *a, cudaStream_t stream)
 	int room = a->smem_bytes ? a->smem_bytes : each == 1 ? 160 << 10 : 110 << 10;
 	slab_run r = {*a, {}};
 
-	if (l->weights < 1 || l->weights > 2 || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
+	if (l->weights < 1 || l->weights > KK_LINEAR_WEIGHTS || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
 	    (a->from == KK_X_GIVEN && l->x_stride % 8) || a->multiprocessors < 1)
 		return cudaErrorInvalidValue;
 	for (int i = 0; i < l->weights; i++)

@@ -163,6 +163,31 @@ static km_model *open_tiny(int layers, int shard_of)
 	return model;
 }
 
+/* The router's product in shared_gate_up's launch: counted there, once, and x read once less a layer. */
+static void check_joined(const km_step_shape *of, const km_step_cost *apart)
+{
+	km_step_shape shape = *of;
+	km_step_cost joined[KM_STEP_COUNT], above[KM_STEP_COUNT];
+	const km_step_cost *router = &apart[KM_STEP_ROUTER], *shared = &apart[KM_STEP_SHARED_GATE_UP];
+	double x = (double)router->calls * of->batch->tokens * 4 * of->config->hidden_size;
+
+	shape.router_joined_rows = of->batch->tokens;
+	km_step_costs(&shape, joined);
+	shape.router_joined_rows = of->batch->tokens - 1;
+	km_step_costs(&shape, above);
+	for (int i = 0; i < KM_STEP_COUNT; i++) {
+		assert_true(above[i].bytes == apart[i].bytes);
+		assert_int_equal(joined[i].calls, apart[i].calls);
+		if (i != KM_STEP_ROUTER && i != KM_STEP_SHARED_GATE_UP)
+			assert_true(joined[i].bytes == apart[i].bytes);
+	}
+	assert_true(router->flops > 0 && joined[KM_STEP_ROUTER].flops == 0);
+	assert_true(joined[KM_STEP_ROUTER].weight_bytes == 0);
+	assert_true(fabs(joined[KM_STEP_SHARED_GATE_UP].flops - router->flops - shared->flops) < 1);
+	assert_true(fabs(joined[KM_STEP_SHARED_GATE_UP].bytes + joined[KM_STEP_ROUTER].bytes + x -
+	                 router->bytes - shared->bytes) < 1);
+}
+
 /* Ops that are one op on the CPU too: their formula gives what the ops say of themselves. */
 static void check_costs(km_model *model, const struct step *s)
 {
@@ -202,6 +227,7 @@ static void check_costs(km_model *model, const struct step *s)
 	}
 	assert_true(p.op[KM_STEP_ROUTER].cost.bytes > 0 && p.op[KM_STEP_QKV_A].cost.flops > 0);
 	assert_true(fabs(p.op[KM_STEP_QKV_A].cost.flops - costs[KM_STEP_QKV_A].flops) < 1);
+	check_joined(&shape, costs);
 	km_weights_close(&weights);
 }
 

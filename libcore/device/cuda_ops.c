@@ -162,12 +162,22 @@ int km_cuda_ops_make_x(km_cuda *cuda, const km_cuda_linear *a, km_err *err)
 	return km_cuda_ops_norm(cuda, &norm, err);
 }
 
+/* Whether one launch takes all weights: of one form of ours, and of one type. */
+static bool in_one_launch(const km_cuda_linear *a, const enum km_linear_form *form)
+{
+	for (int i = 1; i < a->weights; i++)
+		if (form[i] != form[0] || a->w[i]->type != a->w[0]->type)
+			return false;
+	return form[0] == KM_LINEAR_SLAB || (form[0] != KM_LINEAR_BLAS && a->weights <= 2);
+}
+
 int km_cuda_ops_linear(km_cuda *cuda, const km_linear_device *device, const km_cuda_linear *args,
                        km_err *err)
 {
-	enum km_linear_form form[2];
+	enum km_linear_form form[KM_LINEAR_WEIGHTS];
 	km_cuda_linear a = *args;
 
+	KM_ASSERT(a.weights >= 1 && a.weights <= KM_LINEAR_WEIGHTS);
 	for (int i = 0; i < a.weights; i++)
 		form[i] = km_linear_plan(a.w[i], a.tokens, device);
 	if (a.from != KM_X_GIVEN && !km_cuda_linear_makes_x(&a, device)) {
@@ -176,9 +186,8 @@ int km_cuda_ops_linear(km_cuda *cuda, const km_linear_device *device, const km_c
 		a.x = a.made;
 		a.x_stride = a.w[0]->cols;
 	}
-	if (a.weights == 2 && form[0] == form[1] && form[0] != KM_LINEAR_BLAS &&
-	    a.w[0]->type == a.w[1]->type)
-		return ours(cuda, form[0], &a, 0, 2, err);
+	if (in_one_launch(&a, form))
+		return ours(cuda, form[0], &a, 0, a.weights, err);
 	for (int i = 0; i < a.weights; i++)
 		KM_TRY(form[i] == KM_LINEAR_BLAS ? blas(cuda, &a, i, err)
 		                                 : ours(cuda, form[i], &a, i, 1, err));

@@ -49,12 +49,14 @@ int km_linear_rounded(int tokens);
  * silu(a) * b. */
 enum km_x_from { KM_X_GIVEN, KM_X_NORM, KM_X_SILU };
 
-/* y_i (+)= x W_iᵀ, for one or two weights over the same x. */
+/* y_i (+)= x W_iᵀ, for one to three weights over the same x. */
+enum { KM_LINEAR_WEIGHTS = 3 };
+
 typedef struct km_cuda_linear {
 	const void *x; /* bf16 [tokens, x_stride], when it is given */
 	int x_stride;
-	const km_weight *w[2];
-	void *y[2]; /* f32 or bf16 [tokens, w_i.rows] */
+	const km_weight *w[KM_LINEAR_WEIGHTS];
+	void *y[KM_LINEAR_WEIGHTS]; /* f32 or bf16 [tokens, w_i.rows] */
 	int weights, tokens;
 	bool y_bf16, accumulate; /* accumulate: f32 */
 	void *scratch;           /* 2 rows cols bytes, for BLAS over weights that are not bf16 */

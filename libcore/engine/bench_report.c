@@ -175,6 +175,9 @@ static void put_profile(const km_bench_report *report, const char *what, const k
 		put_op(report, p, i, out);
 		warm = warm || is_warm(p, &p->op[i]);
 	}
+	if (p->op[KM_STEP_ROUTER].cost.calls && p->op[KM_STEP_ROUTER].cost.flops <= 0)
+		km_buf_puts(out, "router is the selection alone: its product is part of shared_gate_up's launch "
+		                 "and counted there\n");
 	if (warm)
 		km_buf_puts(out, "* in part from the cache: the weights of all layers are less than twice its "
 		                 "size, activations less than it\n");

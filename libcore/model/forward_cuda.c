@@ -1,6 +1,7 @@
 /*
  * The blocks of a step on a GPU (model/forward.h). What is one launch here and several ops on the
- * CPU: q_a and kv_a over the same rows; gate and up; norm, rope and write of the KV. What o, down and
+ * CPU: q_a and kv_a over the same rows; gate and up, for few rows with the router; norm, rope and
+ * write of the KV. What o, down and
  * the experts give goes straight into the stream; for few rows a linear layer makes its own x, by the
  * norm or the SiLU before it, and attention may write its rows' KV.
  *
@@ -431,9 +432,18 @@ static int embed(km_model *m, const km_batch *batch, km_err *err)
 
 /* ---- parts of blocks ---- */
 
+static int weights_of(const km_cuda_linear *args)
+{
+	int count = 0;
+
+	while (count < KM_LINEAR_WEIGHTS && args->w[count])
+		count++;
+	return count;
+}
+
 static int linear(const km_gpu *g, km_cuda_linear args, km_err *err)
 {
-	args.weights = args.w[1] ? 2 : 1;
+	args.weights = weights_of(&args);
 	args.x_stride = args.x_stride ? args.x_stride : args.w[0]->cols;
 	args.scratch = g->b.dequantized;
 	return km_cuda_ops_linear(g->cuda, &g->linear, &args, err);
@@ -443,7 +453,7 @@ static int linear(const km_gpu *g, km_cuda_linear args, km_err *err)
 static int linear_of_made(const km_gpu *g, enum km_step_op maker, enum km_step_op op,
                           km_cuda_linear args, km_err *err)
 {
-	args.weights = args.w[1] ? 2 : 1;
+	args.weights = weights_of(&args);
 	if (!km_cuda_linear_makes_x(&args, &g->linear)) {
 		KM_TRY(OP(g, maker, km_cuda_ops_make_x(g->cuda, &args, err)));
 		args.from = KM_X_GIVEN;
@@ -625,26 +635,46 @@ static int attend_prompts(const km_model *m, int layer, const km_gpu_batch *b, k
 
 /* stream += down(silu(gate x) * up x), x the stream's norm, which is kept; `op` is the first of its
  * three. */
-static int mlp(const km_model *m, enum km_step_op op, int tokens, const km_layer_weights *layer,
-               const km_weight *const w[3], km_err *err)
+typedef struct mlp {
+	enum km_step_op op;
+	const float *norm;
+	const km_weight *gate, *up, *down;
+	const km_weight *router; /* over the same x, in the launch of gate and up; NULL: none */
+} mlp;
+
+static int gate_and_up(const km_model *m, const mlp *p, int tokens, km_err *err)
 {
 	const km_gpu *g = m->gpu;
-	km_cuda_linear wide = of_stream(m, tokens, layer->post_attention_norm, true);
-	km_cuda_linear down = { .from = KM_X_SILU,
+	km_cuda_linear args = of_stream(m, tokens, p->norm, true);
+
+	args.w[0] = p->gate;
+	args.w[1] = p->up;
+	args.w[2] = p->router;
+	args.y[0] = g->b.gate;
+	args.y[1] = g->b.up;
+	args.y[2] = g->b.router;
+	return linear_of_made(g, KM_STEP_POST_NORM, p->op, args, err);
+}
+
+static int down(const km_model *m, const mlp *p, int tokens, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_cuda_linear args = { .from = KM_X_SILU,
 		                .a = g->b.gate,
 		                .b = g->b.up,
 		                .made = g->b.act,
-		                .w = { w[2] },
+		                .w = { p->down },
 		                .y = { g->stream },
 		                .tokens = tokens,
 		                .accumulate = true };
 
-	for (int i = 0; i < 2; i++)
-		wide.w[i] = w[i];
-	wide.y[0] = g->b.gate;
-	wide.y[1] = g->b.up;
-	KM_TRY(linear_of_made(g, KM_STEP_POST_NORM, op, wide, err));
-	return linear_of_made(g, op + 1, op + 2, down, err);
+	return linear_of_made(g, p->op + 1, p->op + 2, args, err);
+}
+
+/* Whether the router's product is part of the launch of the shared experts' gate and up. */
+static bool router_joins(const km_model *m, int tokens)
+{
+	return tokens <= m->gpu->joined_rows;
 }
 
 /* ids and weights of the selected experts. */
@@ -669,6 +699,8 @@ static int route(const km_model *m, const km_gpu_layer *layer, int tokens, km_er
 	km_router_plan plan;
 
 	KM_TRY(km_router_plan_make(&plan, &shape, &device, err));
+	if (router_joins(m, tokens))
+		return km_cuda_router_run(g->cuda, KM_PART_GATE, &plan, &shape, &buffers, err);
 	if (plan.chain == KM_CHAIN_ONE_LAUNCH)
 		return km_cuda_router_run(g->cuda, KM_PART_ROUTER_GATE, &plan, &shape, &buffers,
 		                          err);
@@ -777,18 +809,24 @@ static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *e
 	const km_gpu *g = m->gpu;
 	const km_gpu_layer *l = &g->weights.layer[layer];
 	const km_layer_weights *w = &l->w;
-	const km_weight *const dense[] = { &w->gate, &w->up, &w->down };
-	const km_weight *const shared[] = { &w->shared_gate, &w->shared_up, &w->shared_down };
 	int tokens = batch->tokens, hidden = m->config.hidden_size;
+	mlp dense = { KM_STEP_MLP_GATE_UP, w->post_attention_norm, &w->gate, &w->up, &w->down, NULL };
+	mlp shared = { KM_STEP_SHARED_GATE_UP, w->post_attention_norm, &w->shared_gate,
+		       &w->shared_up,          &w->shared_down,
+		       router_joins(m, tokens) ? &w->router : NULL };
 	km_cuda_norm norm = { g->stream, NULL,   w->post_attention_norm,        g->normed, tokens,
 		              hidden,    hidden, (float)m->config.rms_norm_eps };
 
-	if (!km_config_is_moe_layer(&m->config, layer))
-		return mlp(m, KM_STEP_MLP_GATE_UP, tokens, w, dense, err);
-	if (m->config.n_shared_experts)
-		KM_TRY(mlp(m, KM_STEP_SHARED_GATE_UP, tokens, w, shared, err));
-	else
+	if (!km_config_is_moe_layer(&m->config, layer)) {
+		KM_TRY(gate_and_up(m, &dense, tokens, err));
+		return down(m, &dense, tokens, err);
+	}
+	if (m->config.n_shared_experts) {
+		KM_TRY(gate_and_up(m, &shared, tokens, err));
+		KM_TRY(down(m, &shared, tokens, err));
+	} else {
 		KM_TRY(OP(g, KM_STEP_POST_NORM, km_cuda_ops_norm(g->cuda, &norm, err)));
+	}
 	return routed_experts(m, l, tokens, err);
 }
 

@@ -393,6 +393,27 @@ static int check_router(const km_gpu *g, const km_config *c, km_err *err)
 	return moe_layer(c) < 0 ? 0 : km_router_plan_make(&plan, &shape, &device, err);
 }
 
+static bool takes_slabs(const km_gpu *g, const km_weight *w, int rows)
+{
+	return km_linear_plan(w, rows, &g->linear) == KM_LINEAR_SLAB;
+}
+
+/* Slabs in every layer, for a power of 2 of rows: a step and what it is padded to then have one answer. */
+static int joined_rows(const km_gpu *g, const km_config *c)
+{
+	int rows = c->n_shared_experts && moe_layer(c) >= 0 ? 8 : 0;
+
+	for (int i = 0; i < c->num_hidden_layers; i++) {
+		const km_layer_weights *w = &g->weights.layer[i].w;
+
+		while (rows && km_config_is_moe_layer(c, i) &&
+		       !(takes_slabs(g, &w->shared_gate, rows) && takes_slabs(g, &w->shared_up, rows) &&
+		         takes_slabs(g, &w->router, rows)))
+			rows /= 2;
+	}
+	return rows;
+}
+
 int km_gpu_open(km_model *m, const km_model_plan *plan, km_err *err)
 {
 	km_gpu *g = km_xcalloc(1, sizeof(*g));
@@ -415,6 +436,7 @@ int km_gpu_open(km_model *m, const km_model_plan *plan, km_err *err)
 		KM_TRY(km_gpu_tuning_open(g, m, moe_layer(&m->config), err));
 	KM_TRY(km_gpu_weights_load(&g->weights, g->cuda, &m->config, &m->weights, &m->options,
 	                           err));
+	g->joined_rows = joined_rows(g, &m->config);
 	g->loaded_bytes = plan->weight_bytes;
 	g->load_seconds = (double)(km_now_ns() - start) / 1e9;
 	return open_memory(g, m, err);
@@ -476,6 +498,11 @@ static void explain_moe(const km_model *m, const km_gpu_layer *l, km_buf *out)
 	km_moe_device moe_device = { g->info.capability, g->info.multiprocessors };
 	static const int tokens[] = { 1, 64, 1024 };
 
+	if (g->joined_rows)
+		km_buf_printf(out,
+		              "GPU router: up to %d rows its product is part of the launch of the shared "
+		              "experts' gate and up; of the router's plan only the gate is launched\n",
+		              g->joined_rows);
 	for (int i = 0; i < 3; i++) {
 		km_router_shape shape =
 			km_gpu_router_shape(&m->config, l->w.router.type == KM_W_F32, tokens[i]);

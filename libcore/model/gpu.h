@@ -110,6 +110,9 @@ typedef struct km_gpu {
 	km_gpu_weights weights;
 	km_gpu_buffers b;
 	km_linear_device linear;
+	/* Up to so many rows, the router's product is part of the launch of the shared experts' gate
+	 * and up; 0: never. */
+	int joined_rows;
 	km_moe_tuning tuning; /* of the experts' tiles */
 	km_err no_blas; /* why cuBLASLt is not there, when it is not */
 	char *kv;       /* device, [layers, kv_slots, kv_lora_rank + rope] */

@@ -9,6 +9,7 @@
 #include "base/mem.h"
 #include "base/rng.h"
 #include "model/forward.h"
+#include "model/gpu.h"
 #include "model/profile_state.h"
 
 enum { RUNS = 3 };
@@ -40,6 +41,7 @@ void km_profile_costs(const km_model *m, const km_batch *batch, const km_batch *
 		.kv_dtype = m->options.kv_dtype,
 		.experts = experts,
 		.sums_where_made = m->options.backend == KM_BACKEND_CUDA,
+		.router_joined_rows = m->gpu ? m->gpu->joined_rows : 0,
 		.x_bytes = m->options.backend == KM_BACKEND_CUDA ? 2 : 4,
 	};
 

@@ -131,14 +131,29 @@ static double expert_bytes(const struct walk *k, double size)
 	       bytes_of(&k->w->expert_down[0]);
 }
 
+/* The product, where it is counted, and the selection. */
+static void route(struct walk *k, double rows)
+{
+	double selection = rows * (4.0 * k->c->n_routed_experts + 8.0 * k->c->num_experts_per_tok);
+
+	if (rows > k->s->router_joined_rows) {
+		linear(k, KM_STEP_ROUTER, rows, &k->w->router, F32);
+		k->costs[KM_STEP_ROUTER].bytes += selection;
+		return;
+	}
+	linear(k, KM_STEP_SHARED_GATE_UP, rows, &k->w->router, F32);
+	k->costs[KM_STEP_SHARED_GATE_UP].calls--;
+	k->costs[KM_STEP_SHARED_GATE_UP].bytes -= rows * k->s->x_bytes * k->w->router.cols;
+	add(k, KM_STEP_ROUTER, 0, selection, 0);
+}
+
 static void experts(struct walk *k, int layer, double rows)
 {
 	const km_config *c = k->c;
 	double size = 3.0 * c->hidden_size * c->moe_intermediate_size, top_k = c->num_experts_per_tok;
 	double expert = expert_bytes(k, size);
 
-	linear(k, KM_STEP_ROUTER, rows, &k->w->router, F32);
-	k->costs[KM_STEP_ROUTER].bytes += rows * (4.0 * c->n_routed_experts + 8 * top_k);
+	route(k, rows);
 	add(k, KM_STEP_EXPERTS, k->s->experts[layer] * expert,
 	    rows * (c->hidden_size * (8.0 + k->s->x_bytes) + 8 * top_k), 2 * rows * top_k * size);
 }

@@ -24,6 +24,9 @@ typedef struct km_step_shape {
 	/* The sums into the stream are part of what makes the summands (a GPU's linear layers and
 	 * experts), not of the norm behind them. */
 	bool sums_where_made;
+	/* Up to so many rows the router's product is part of shared_gate_up, x read once for both, and
+	 * router is the selection alone. */
+	int router_joined_rows;
 	int x_bytes;        /* of a number that a linear layer or attention reads: 2 or 4; the others: 4 */
 } km_step_shape;
 

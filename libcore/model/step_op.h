@@ -22,10 +22,10 @@ enum km_step_op {
 	KM_STEP_MLP_GATE_UP, /* of a dense layer */
 	KM_STEP_MLP_ACT,
 	KM_STEP_MLP_DOWN,
-	KM_STEP_SHARED_GATE_UP,
+	KM_STEP_SHARED_GATE_UP, /* on a GPU, for few rows, with the router's product */
 	KM_STEP_SHARED_ACT,
 	KM_STEP_SHARED_DOWN,
-	KM_STEP_ROUTER,      /* with the selection */
+	KM_STEP_ROUTER,      /* with the selection; where shared_gate_up has its product, that alone */
 	KM_STEP_EXPERTS,     /* the routed ones */
 	KM_STEP_KEEP,        /* rows that the last layer keeps, and rows of logits, moved together */
 	KM_STEP_FINAL_NORM,

@@ -335,43 +335,55 @@ static void linear_layers_make_their_x(void **state)
 	}
 }
 
-/* Two weights over one x, in one launch: what each gives alone, bit by bit. */
-static void two_weights_are_each_ones(void **state)
+/* Weights of `rows` rows over one x: what each gives alone, bit by bit. */
+static void together_case(const weight_case *like, const int *rows, int weights, int tokens,
+                          const km_linear_device *device)
 {
-	static const int pairs[][2] = { { 3, 3 }, { 1, 1 }, { 10, 10 }, { 0, 0 } };
+	size_t mark = km_cuda_mark(gpu), bytes[KM_LINEAR_WEIGHTS];
+	linear_case l[KM_LINEAR_WEIGHTS];
+	km_cuda_linear args = { .weights = weights, .tokens = tokens };
+
+	for (int k = 0; k < weights; k++) {
+		weight_case c = *like;
+
+		c.rows = rows[k];
+		open_linear(&l[k], &c, tokens);
+		bytes[k] = (size_t)(tokens * c.rows) * 4;
+		args.w[k] = &l[k].device;
+		args.y[k] = take(bytes[k]);
+	}
+	args.x = l[0].x_device;
+	args.x_stride = l[0].x_stride;
+	must(km_cuda_ops_linear(gpu, device, &args, &err));
+	for (int k = 0; k < weights; k++) {
+		float *all = fetch(args.y[k], bytes[k]), *alone;
+
+		check_linear(&l[k], device, tokens, false, &alone);
+		assert_memory_equal(all, alone, bytes[k]);
+		free(all);
+		free(alone);
+		close_linear(&l[k]);
+	}
+	km_cuda_rewind(gpu, mark);
+}
+
+/* Two in one launch of any form of ours, three in one of slabs; else a launch each. */
+static void weights_over_one_x_are_each_ones(void **state)
+{
+	static const int like[] = { 3, 1, 10, 0 }, router_too[] = { 256, 256, 384 };
 
 	(void)state;
-	for (int i = 0; i < (short_run ? 2 : COUNT(pairs)); i++)
-		for (int tokens = 1; tokens <= 9; tokens += 4) {
-			size_t mark = km_cuda_mark(gpu), bytes[2];
-			const km_linear_device *device = tokens == 5 ? &with_slab : &without_blas;
-			weight_case c[2] = { weight_cases[pairs[i][0]], weight_cases[pairs[i][1]] };
-			linear_case l[2];
-			void *y[2];
-			km_cuda_linear args = { .weights = 2, .tokens = tokens };
+	for (int i = 0; i < (short_run ? 2 : COUNT(like)); i++)
+		for (int weights = 2; weights <= KM_LINEAR_WEIGHTS; weights++)
+			for (int tokens = 1; tokens <= 9; tokens += 4) {
+				const weight_case *c = &weight_cases[like[i]];
+				const int rows[] = { c->rows, c->rows + 24, c->rows / 2 + 1 };
 
-			c[1].rows += 24;
-			for (int k = 0; k < 2; k++) {
-				open_linear(&l[k], &c[k], tokens);
-				bytes[k] = (size_t)(tokens * c[k].rows) * 4;
-				args.w[k] = &l[k].device;
-				args.y[k] = y[k] = take(bytes[k]);
+				together_case(c, rows, weights, tokens,
+				              tokens == 5 ? &with_slab : &without_blas);
 			}
-			args.x = l[0].x_device;
-			args.x_stride = l[0].x_stride;
-			must(km_cuda_ops_linear(gpu, device, &args, &err));
-			for (int k = 0; k < 2; k++) {
-				float *both = fetch(y[k], bytes[k]), *alone;
-
-				check_linear(&l[k], device, tokens, false, &alone);
-				assert_memory_equal(both, alone, bytes[k]);
-				free(both);
-				free(alone);
-			}
-			close_linear(&l[0]);
-			close_linear(&l[1]);
-			km_cuda_rewind(gpu, mark);
-		}
+	for (int tokens = 1; tokens <= (short_run ? 1 : 8); tokens += tokens == 1 ? 1 : 3)
+		together_case(&weight_cases[3], router_too, 3, tokens, &with_slab);
 }
 
 static void weights_become_bf16(void **state)
@@ -657,7 +669,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(linear_layers_are_right),
 		cmocka_unit_test(slabs_are_right),
 		cmocka_unit_test(linear_layers_make_their_x),
-		cmocka_unit_test(two_weights_are_each_ones),
+		cmocka_unit_test(weights_over_one_x_are_each_ones),
 		cmocka_unit_test(weights_become_bf16),
 		cmocka_unit_test(norms_are_right),
 		cmocka_unit_test(rows_move_exactly),
