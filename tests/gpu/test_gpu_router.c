@@ -652,28 +652,40 @@ typedef struct replay_case {
 	int gemm, gate; /* -1: the plan's */
 	int split_tokens, split_experts;
 	bool softmax, f32;
+	int groups; /* 0: none; else tokens choose from four */
 } replay_case;
 
 static const replay_case replay_cases[] = {
-	{ "replays of gate", KM_PART_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false },
-	{ "replays of gate, softmax", KM_PART_GATE, { 1, 40 }, { 450, 50 }, 256, 8, 64, -1, -1, 0, 0, true, false },
-	{ "replays of gate by rounds", KM_PART_GATE, { 1, 5 }, { 250, 250 }, 60, 6, 64, -1, KM_GATE_ROUNDS, 0, 0, false, false },
-	{ "replays of alignment", KM_PART_ALIGN, { 1, 8, 64, 400 }, { 220, 220, 50, 10 }, 384, 8, 64, -1, -1, 0, 0, false, false },
-	{ "replays of large alignment", KM_PART_ALIGN, { 400 }, { 500 }, 16, 8, 64, -1, -1, 0, 0, false, false },
-	{ "replays of gate, alignment", KM_PART_GATE_ALIGN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false },
-	{ "replays of router, gate", KM_PART_ROUTER_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false },
-	{ "replays of one launch", KM_PART_ONE_LAUNCH, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false },
-	{ "replays of chain", KM_PART_CHAIN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false },
-	{ "replays of resident", KM_PART_GEMM, { 1, 9, 70 }, { 400, 80, 20 }, 16, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false },
-	{ "replays of split, 64 x 32", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 32, false, false },
-	{ "replays of split, 64 x 48", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 48, false, false },
-	{ "replays of split, 64 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 64, false, false },
-	{ "replays of split, 128 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 64, false, false },
-	{ "replays of split, 128 x 96", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 96, false, false },
-	{ "replays of parts, 64", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 8, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false },
-	{ "replays of parts, 96", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 264, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false },
-	{ "replays of general", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, false },
-	{ "replays of general, f32", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, true },
+	{ "replays of gate", KM_PART_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of gate, softmax", KM_PART_GATE, { 1, 40 }, { 450, 50 }, 256, 8, 64, -1, -1, 0, 0, true, false, 0 },
+	{ "replays of gate by rounds", KM_PART_GATE, { 1, 5 }, { 250, 250 }, 60, 6, 64, -1, KM_GATE_ROUNDS, 0, 0, false, false, 0 },
+	{ "replays of alignment", KM_PART_ALIGN, { 1, 8, 64, 400 }, { 220, 220, 50, 10 }, 384, 8, 64, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of large alignment", KM_PART_ALIGN, { 400 }, { 500 }, 16, 8, 64, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of gate, alignment", KM_PART_GATE_ALIGN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of router, gate", KM_PART_ROUTER_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of one launch", KM_PART_ONE_LAUNCH, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of chain", KM_PART_CHAIN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of resident", KM_PART_GEMM, { 1, 9, 70 }, { 400, 80, 20 }, 16, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
+	{ "replays of split, 64 x 32", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 32, false, false, 0 },
+	{ "replays of split, 64 x 48", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 48, false, false, 0 },
+	{ "replays of split, 64 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 64, false, false, 0 },
+	{ "replays of split, 128 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 64, false, false, 0 },
+	{ "replays of split, 128 x 96", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 96, false, false, 0 },
+	{ "replays of parts, 64", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 8, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
+	{ "replays of parts, 96", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 264, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
+	{ "replays of general", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, false, 0 },
+	{ "replays of general, f32", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, true, 0 },
+	{ "replays of gate, softmax, 384 experts", KM_PART_GATE, { 1, 8 }, { 450, 50 }, 384, 8, 64, -1, -1, 0, 0, true, false, 0 },
+	{ "replays of gate, 128 experts", KM_PART_GATE, { 1, 8 }, { 450, 50 }, 128, 8, 64, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of gate, 512 experts, top 16", KM_PART_GATE, { 1, 8 }, { 450, 50 }, 512, 16, 64, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of gate in groups", KM_PART_GATE, { 1, 8 }, { 450, 50 }, 256, 8, 64, -1, -1, 0, 0, false, false, 8 },
+	{ "replays of gate by rounds, softmax", KM_PART_GATE, { 1, 5 }, { 450, 50 }, 60, 6, 64, -1, KM_GATE_ROUNDS, 0, 0, true, false, 0 },
+	{ "replays of alignment, 100 and 200", KM_PART_ALIGN, { 100, 200 }, { 450, 50 }, 384, 8, 64, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of gate, alignment, softmax", KM_PART_GATE_ALIGN, { 8, 16 }, { 450, 50 }, 256, 8, 64, -1, -1, 0, 0, true, false, 0 },
+	{ "replays of router, gate, softmax", KM_PART_ROUTER_GATE, { 1, 16 }, { 450, 50 }, 384, 8, 7168, -1, -1, 0, 0, true, false, 0 },
+	{ "replays of one launch, 384 experts", KM_PART_ONE_LAUNCH, { 1, 16 }, { 450, 50 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of resident, 384 experts", KM_PART_GEMM, { 1 }, { 500 }, 384, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
+	{ "replays of resident, 512 experts", KM_PART_GEMM, { 1 }, { 500 }, 512, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
 };
 
 static km_router_plan replay_plan(const replay_case *c, const km_router_shape *s, bool pdl)
@@ -776,6 +788,8 @@ static void replay_bucket(const replay_case *c, int bucket, int replays, bool pd
 	s.hidden = c->hidden;
 	s.softmax = c->softmax;
 	s.weights_f32 = c->f32;
+	s.groups = c->groups ? c->groups : 1;
+	s.topk_group = c->groups ? 4 : 1;
 	plan = replay_plan(c, &s, pdl);
 	for (size_t i = 0; i < weights && c->f32; i++)
 		w32[i] = km_rng_normal(4, i) * 0.03f;
