@@ -225,7 +225,7 @@ static int route(enum routing kind, int experts, int tokens, int t, int k, int t
                  uint64_t seed)
 {
 	uint64_t r = km_rng_u64(seed, (uint64_t)(t * top_k + k));
-	int e, again = 1;
+	int e;
 
 	switch (kind) {
 	case ONE:
@@ -243,7 +243,7 @@ static int route(enum routing kind, int experts, int tokens, int t, int k, int t
 	e = (int)(r % (uint64_t)experts);
 	for (int i = 0; i < k && top_k <= experts; i++)
 		if (row[i] == e) {
-			e = (e + again++) % experts;
+			e = (e + 1) % experts;
 			i = -1;
 		}
 	if (kind == MISSING && r >> 40 & 1)
@@ -746,14 +746,14 @@ static void replay(const expert_set *s, int tokens, int replays, bool pdl)
 
 static void test_graph(void **state)
 {
-	static const int tokens[] = { 1, 8, 24, 100 };
+	static const int tokens[] = { 1, 8, 24, 100, 300 };
 	size_t mark = km_cuda_mark(gpu);
 	int replays = short_run ? 3 : 125;
 	expert_set s;
 
 	(void)state;
 	open_set(&s, 8, 1024, 128, 32, KM_W_INT4);
-	for (int m = 0; m < 5; m++)
+	for (size_t m = 0; m < sizeof(tokens) / sizeof(*tokens); m++)
 		for (int pdl = 0; pdl < 2; pdl++)
 			replay(&s, tokens[m], replays, pdl);
 	close_set(&s);
