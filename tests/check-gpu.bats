@@ -22,7 +22,7 @@ setup() {
 		"$@" || exit
 		echo "========= ERROR SUMMARY: 0 errors of $tool"
 	E
-	for name in test_gpu_router test_serve_cuda bench_gpu_mla kimi-bench-gate kimi-serve; do
+	for name in test_gpu_router test_serve_cuda bench_gpu_{roofline,mla,layer} bench_load kimi-bench-gate kimi-serve; do
 		printf '#!/bin/sh\necho "figure: %s $*"\n' "$name" >"programs/$name"
 	done
 	printf '#!/bin/sh\necho "device  NVIDIA H100 80GB HBM3, CUDA 13.0, driver 13.0"\n' >programs/kimi-tune
