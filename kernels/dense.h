@@ -19,6 +19,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "device/turn.h"
 #include "device/weight.h"
 
 #ifdef __cplusplus
@@ -110,6 +111,7 @@ typedef struct kk_linear_slab_args {
 	int a_stride;
 	float eps;
 	void *x_out; /* bf16 [tokens, cols], the x that was made; NULL: not wanted */
+	enum km_turn turn;
 	int multiprocessors;
 	int blocks_per_sm, stage_bytes, smem_bytes;
 } kk_linear_slab_args;

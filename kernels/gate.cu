@@ -24,6 +24,7 @@
 #include <cmath>
 
 #include "gate.cuh"
+#include "turn.cuh"
 
 template <int PER_LANE>
 static constexpr size_t onepass_smem(int warps)
@@ -43,9 +44,9 @@ __global__ void gate_onepass(kk_gate_args a)
 	int stride = gridDim.x * warps, row = blockIdx.x * warps + warp, valid;
 	float bias[PER_LANE], x[PER_LANE], next[PER_LANE];
 
-	ptx_release_successor();
+	turn_begin(a.turn);
 	gate_load_bias<PER_LANE>(bias, a.bias, lane);
-	ptx_wait_predecessor();
+	turn_wait(a.turn);
 	if (row < a.tokens)
 		gate_load<PER_LANE>(x, a.logits + (size_t)row * E, lane);
 	if (warp == 0)
@@ -62,6 +63,7 @@ __global__ void gate_onepass(kk_gate_args a)
 	}
 	for (; row < a.tokens; row += stride)
 		gate_store_padding(a, row, lane, NULL);
+	turn_end(a.turn);
 }
 
 template <int PER_LANE, int TOP, int GROUPS>
@@ -143,20 +145,13 @@ __device__ static unsigned best_groups(const uint32_t *keys, const kk_gate_args 
 enum { GENERAL_WARPS = 4 };
 
 template <bool SOFTMAX>
-__global__ void __launch_bounds__(32 * GENERAL_WARPS) gate_general(kk_gate_args a)
+__device__ __forceinline__ void gate_row_general(const kk_gate_args &a, int row, int lane, uint32_t *keys)
 {
-	extern __shared__ float4 smem[];
-	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, id = 0, n;
-	int row = blockIdx.x * GENERAL_WARPS + warp;
-	uint32_t *keys = (uint32_t *)smem + warp * a.experts;
 	const float *x = a.logits + (size_t)row * a.experts;
 	gate_row_scale scale = {0.0f, 1.0f};
 	float score = 0.0f, sum;
+	int id = 0, n;
 
-	ptx_release_successor();
-	ptx_wait_predecessor();
-	if (row >= a.tokens)
-		return;
 	if (a.valid_tokens && row >= __ldcg(a.valid_tokens)) {
 		gate_store_padding(a, row, lane, NULL);
 		return;
@@ -192,6 +187,19 @@ __global__ void __launch_bounds__(32 * GENERAL_WARPS) gate_general(kk_gate_args 
 	if (lane < a.top_k)
 		gate_put(a, row, lane, lane < n ? gate_physical(a, id) : 0,
 		         lane < n ? score * gate_factor(a, sum) : 0.0f, NULL);
+}
+
+template <bool SOFTMAX>
+__global__ void __launch_bounds__(32 * GENERAL_WARPS) gate_general(kk_gate_args a)
+{
+	extern __shared__ float4 smem[];
+	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x * GENERAL_WARPS + warp;
+
+	turn_begin(a.turn);
+	turn_wait(a.turn);
+	if (row < a.tokens)
+		gate_row_general<SOFTMAX>(a, row, lane, (uint32_t *)smem + warp * a.experts);
+	turn_end(a.turn);
 }
 
 cudaError_t kk_gate_general(const kk_gate_args *a, cudaStream_t stream)

@@ -32,7 +32,7 @@
  */
 #include "dense.h"
 #include "launch.cuh"
-#include "ptx.cuh"
+#include "turn.cuh"
 #include "weight.cuh"
 
 enum {
@@ -231,7 +231,7 @@ __device__ __forceinline__ void norm_x(const slab_run &r, char *smem, int thread
 	norm_fours<KEPT> w;
 
 	load_fours(w, r.a.b, size, threads, thread);
-	ptx_wait_predecessor();
+	turn_wait(r.a.turn);
 #pragma unroll 1
 	for (int t = 0; t < r.a.linear.tokens; t++)
 		norm_row(r, w, t, smem + AT_X, (float *)(smem + AT_PARTS) + t * 2 * WARPS, thread);
@@ -258,7 +258,7 @@ __device__ __forceinline__ void make_x(const slab_run &r, char *smem, int thread
 	if constexpr (FORM == FORM_NORM || FORM == FORM_NORM_LONG) {
 		norm_x<FORM == FORM_NORM ? 1 : 4>(r, smem, thread);
 	} else {
-		ptx_wait_predecessor();
+		turn_wait(r.a.turn);
 		if constexpr (FORM == FORM_SILU)
 			silu_x(r, x, thread);
 		else
@@ -381,7 +381,7 @@ __global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linea
 	uint32_t address = ptx_shared_address(smem);
 	int thread = (int)threadIdx.x;
 
-	ptx_release_successor();
+	turn_begin(r.a.turn);
 	if (thread == 0) {
 		for (int i = 0; i < r.cut.stages; i++) {
 			ptx_mbarrier_init(address + AT_FULL + 8 * i, 1);
@@ -396,6 +396,7 @@ __global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linea
 	}
 	make_x<FORM>(r, smem, thread);
 	multiply_slabs<GROUPS>(r, smem, address, thread);
+	turn_end(r.a.turn);
 }
 
 static int x_pitch_of(int cols)

@@ -16,6 +16,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "device/turn.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -56,6 +58,7 @@ typedef struct kk_gate_args {
 	int tokens, experts, top_k, groups, topk_group;
 	float scale;
 	bool softmax, renormalize, pdl;
+	enum km_turn turn; /* of a gate that is a launch of its own; the fused forms are AFTER */
 } kk_gate_args;
 
 /*

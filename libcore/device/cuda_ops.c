@@ -122,6 +122,7 @@ static int slab(km_cuda *cuda, const km_cuda_linear *a, int from, int count, km_
 		.a_stride = a->w[from]->cols,
 		.eps = a->eps,
 		.x_out = a->keep ? a->made : NULL,
+		.turn = a->turn,
 		.multiprocessors = cuda->info.multiprocessors,
 	};
 
@@ -180,6 +181,9 @@ int km_cuda_ops_linear(km_cuda *cuda, const km_linear_device *device, const km_c
 	KM_ASSERT(a.weights >= 1 && a.weights <= KM_LINEAR_WEIGHTS);
 	for (int i = 0; i < a.weights; i++)
 		form[i] = km_linear_plan(a.w[i], a.tokens, device);
+	KM_ASSERT(a.turn == KM_TURN_AFTER ||
+	          (form[0] == KM_LINEAR_SLAB && in_one_launch(&a, form) &&
+	           (a.from == KM_X_GIVEN || km_cuda_linear_makes_x(&a, device))));
 	if (a.from != KM_X_GIVEN && !km_cuda_linear_makes_x(&a, device)) {
 		KM_TRY(km_cuda_ops_make_x(cuda, &a, err));
 		a.from = KM_X_GIVEN;

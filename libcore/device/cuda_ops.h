@@ -21,6 +21,7 @@
 #include "base/buf.h"
 #include "device/cuda.h"
 #include "device/mla_plan.h"
+#include "device/turn.h"
 #include "device/weight.h"
 
 /*
@@ -60,6 +61,7 @@ typedef struct km_cuda_linear {
 	int weights, tokens;
 	bool y_bf16, accumulate; /* accumulate: f32 */
 	void *scratch;           /* 2 rows cols bytes, for BLAS over weights that are not bf16 */
+	enum km_turn turn;       /* AFTER, unless one launch makes x and the result */
 	/* x that is to be made: */
 	enum km_x_from from;
 	float *a;       /* [tokens, cols], only read */

@@ -81,6 +81,7 @@ static int enqueue(km_cuda *cuda, enum km_router_part part, const km_router_plan
 		break;
 	case KM_PART_GATE:
 		gate.pdl = p->gate_pdl;
+		gate.turn = p->gate_turn;
 		rc = p->gate == KM_GATE_ONEPASS
 		             ? kk_gate_onepass(&gate, p->gate_warps, p->gate_blocks, cuda->stream)
 		             : kk_gate_general(&gate, cuda->stream);

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "device/cuda.h"
+#include "device/turn.h"
 
 typedef struct km_router_shape {
 	int tokens, experts, hidden, top_k;
@@ -33,6 +34,7 @@ typedef struct km_router_plan {
 	int fused_warps;             /* KM_CHAIN_GATE_ALIGN: rows to a block */
 	int split, split_tokens, split_experts; /* KM_GEMM_SPLIT, _PARTS: blocks that share a tile, its sides */
 	bool pdl, gate_pdl;          /* launches begin before their predecessors end; the gate's own */
+	enum km_turn gate_turn;      /* KM_PART_GATE's; a plan is made with AFTER */
 } km_router_plan;
 
 enum km_router_part {

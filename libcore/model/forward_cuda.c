@@ -3,7 +3,8 @@
  * CPU: q_a and kv_a over the same rows; gate and up, for few rows with the router; norm, rope and
  * write of the KV. What o, down and
  * the experts give goes straight into the stream; for few rows a linear layer makes its own x, by the
- * norm or the SiLU before it, and attention may write its rows' KV.
+ * norm or the SiLU before it, attention may write its rows' KV, and the gate goes beside the shared
+ * experts' down.
  *
  * A step's arrays (ids, pages, the pieces of attention) are laid side by side in pinned memory and
  * sent at once; then everything is enqueued, and the host waits once, for the tokens drawn or, of
@@ -656,19 +657,25 @@ static int gate_and_up(const km_model *m, const mlp *p, int tokens, km_err *err)
 	return linear_of_made(g, KM_STEP_POST_NORM, p->op, args, err);
 }
 
-static int down(const km_model *m, const mlp *p, int tokens, km_err *err)
+static km_cuda_linear down(const km_model *m, const mlp *p, int tokens)
 {
 	const km_gpu *g = m->gpu;
-	km_cuda_linear args = { .from = KM_X_SILU,
-		                .a = g->b.gate,
-		                .b = g->b.up,
-		                .made = g->b.act,
-		                .w = { p->down },
-		                .y = { g->stream },
-		                .tokens = tokens,
-		                .accumulate = true };
 
-	return linear_of_made(g, p->op + 1, p->op + 2, args, err);
+	return (km_cuda_linear){ .from = KM_X_SILU,
+		                 .a = g->b.gate,
+		                 .b = g->b.up,
+		                 .made = g->b.act,
+		                 .w = { p->down },
+		                 .y = { g->stream },
+		                 .weights = 1,
+		                 .tokens = tokens,
+		                 .accumulate = true };
+}
+
+static int dense_mlp(const km_model *m, const mlp *p, int tokens, km_err *err)
+{
+	KM_TRY(gate_and_up(m, p, tokens, err));
+	return linear_of_made(m->gpu, p->op + 1, p->op + 2, down(m, p, tokens), err);
 }
 
 /* Whether the router's product is part of the launch of the shared experts' gate and up. */
@@ -677,8 +684,8 @@ static bool router_joins(const km_model *m, int tokens)
 	return tokens <= m->gpu->joined_rows;
 }
 
-/* ids and weights of the selected experts. */
-static int route(const km_model *m, const km_gpu_layer *layer, int tokens, km_err *err)
+/* ids and weights of the selected experts; the turn is the gate's where the router has joined. */
+static int route(const km_model *m, const km_gpu_layer *layer, int tokens, enum km_turn turn, km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	km_router_device device = { g->info.capability, g->info.multiprocessors, g->linear.blas,
@@ -699,6 +706,7 @@ static int route(const km_model *m, const km_gpu_layer *layer, int tokens, km_er
 	km_router_plan plan;
 
 	KM_TRY(km_router_plan_make(&plan, &shape, &device, err));
+	plan.gate_turn = turn;
 	if (router_joins(m, tokens))
 		return km_cuda_router_run(g->cuda, KM_PART_GATE, &plan, &shape, &buffers, err);
 	if (plan.chain == KM_CHAIN_ONE_LAUNCH)
@@ -717,7 +725,8 @@ static int64_t *counts_of(const km_model *m, const km_gpu_layer *layer)
 }
 
 /* The routed sum, added to the stream. */
-static int routed_experts(const km_model *m, const km_gpu_layer *layer, int tokens, km_err *err)
+static int routed_experts(const km_model *m, const km_gpu_layer *layer, int tokens, enum km_turn turn,
+                          km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	km_moe_device device = { g->info.capability, g->info.multiprocessors };
@@ -734,7 +743,7 @@ static int routed_experts(const km_model *m, const km_gpu_layer *layer, int toke
 	};
 	km_moe_plan plan;
 
-	KM_TRY(OP(g, KM_STEP_ROUTER, route(m, layer, tokens, err)));
+	KM_TRY(OP(g, KM_STEP_ROUTER, route(m, layer, tokens, turn, err)));
 	if (g->b.expert_counts)
 		KM_TRY(km_cuda_ops_count(g->cuda, g->b.expert_ids, tokens, problem.top_k, g->valid,
 		                         counts_of(m, layer), err));
@@ -804,6 +813,33 @@ static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
 	return OP(g, KM_STEP_O, linear(g, out, err));
 }
 
+/*
+ * Whether the gate goes beside the shared experts' down (device/turn.h): both read what the launch of
+ * gate, up and router wrote, down writes the stream, the gate ids and weights. Down is the one that
+ * holds the other back, since it has weights to fetch in the meantime; the experts, behind the gate, wait
+ * for both. Timed without one of the two, the other is a launch like any.
+ */
+static bool gate_goes_beside(const km_model *m, const km_cuda_linear *of, int tokens)
+{
+	const km_gpu *g = m->gpu;
+	uint32_t both = UINT32_C(1) << KM_STEP_SHARED_DOWN | UINT32_C(1) << KM_STEP_ROUTER;
+
+	return router_joins(m, tokens) && !(g->left_out & both) &&
+	       km_cuda_linear_makes_x(of, &g->linear);
+}
+
+/* The shared experts; the turn that the gate then has. */
+static int shared_experts(const km_model *m, const mlp *p, int tokens, enum km_turn *gate, km_err *err)
+{
+	km_cuda_linear args = down(m, p, tokens);
+	bool beside = gate_goes_beside(m, &args, tokens);
+
+	args.turn = beside ? KM_TURN_HOLDS : KM_TURN_AFTER;
+	*gate = beside ? KM_TURN_BESIDE : KM_TURN_AFTER;
+	KM_TRY(gate_and_up(m, p, tokens, err));
+	return linear_of_made(m->gpu, p->op + 1, p->op + 2, args, err);
+}
+
 static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *err)
 {
 	const km_gpu *g = m->gpu;
@@ -816,18 +852,15 @@ static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *e
 		       router_joins(m, tokens) ? &w->router : NULL };
 	km_cuda_norm norm = { g->stream, NULL,   w->post_attention_norm,        g->normed, tokens,
 		              hidden,    hidden, (float)m->config.rms_norm_eps };
+	enum km_turn turn = KM_TURN_AFTER;
 
-	if (!km_config_is_moe_layer(&m->config, layer)) {
-		KM_TRY(gate_and_up(m, &dense, tokens, err));
-		return down(m, &dense, tokens, err);
-	}
-	if (m->config.n_shared_experts) {
-		KM_TRY(gate_and_up(m, &shared, tokens, err));
-		KM_TRY(down(m, &shared, tokens, err));
-	} else {
+	if (!km_config_is_moe_layer(&m->config, layer))
+		return dense_mlp(m, &dense, tokens, err);
+	if (m->config.n_shared_experts)
+		KM_TRY(shared_experts(m, &shared, tokens, &turn, err));
+	else
 		KM_TRY(OP(g, KM_STEP_POST_NORM, km_cuda_ops_norm(g->cuda, &norm, err)));
-	}
-	return routed_experts(m, l, tokens, err);
+	return routed_experts(m, l, tokens, turn, err);
 }
 
 /* Tokens from the logits, where the batch asks for them. */

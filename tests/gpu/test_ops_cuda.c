@@ -24,6 +24,7 @@
 #include "base/rng.h"
 #include "device/cuda_blas.h"
 #include "device/cuda_ops.h"
+#include "model/router.h"
 #include "support/op_case.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
@@ -386,6 +387,164 @@ static void weights_over_one_x_are_each_ones(void **state)
 		together_case(&weight_cases[3], router_too, 3, tokens, &with_slab);
 }
 
+/* ---- side by side ---- */
+
+/*
+ * Gate, up and router of a norm, then down beside the gate, in either order of the two. STEPS times
+ * with other values each time and one set of buffers in between: whoever reads too early, or is
+ * not waited for, leaves what another step would.
+ */
+enum { STEPS = 40, SIDE_EXPERTS = 384, SIDE_TOP_K = 8 };
+
+typedef struct side {
+	int tokens, hidden;
+	km_weight host[4], w[4]; /* gate, up, router, down */
+	float *in;               /* [STEPS, tokens, hidden] */
+	float *stream, *norm, *wide[3], *bias, *weights;
+	int32_t *ids, *row;      /* row: [STEPS] 0, 1, ... */
+	void *normed, *act;
+	km_router_plan plan;
+	km_router_shape shape;
+} side;
+
+static void side_open(side *s, int tokens)
+{
+	int hidden = short_run ? 512 : 7168, width = short_run ? 64 : 256;
+	const int rows[] = { width, width, SIDE_EXPERTS, hidden }, cols[] = { hidden, hidden, hidden, width };
+	km_router_device device = { km_cuda_info_of(gpu)->capability,
+		                    km_cuda_info_of(gpu)->multiprocessors, false,
+		                    km_cuda_info_of(gpu)->capability >= 90 };
+	size_t n = (size_t)tokens, h = (size_t)hidden;
+	float *in = op_case_floats(STEPS * n * h, 81), *norm = op_case_floats(h, 82),
+	      *bias = op_case_floats(SIDE_EXPERTS, 83);
+	int32_t row[STEPS];
+
+	*s = (side){ .tokens = tokens, .hidden = hidden };
+	for (int i = 0; i < 4; i++) {
+		weight_case c = { KM_W_BF16, rows[i], cols[i], 0, 0, 0, KM_F32 };
+
+		s->host[i] = op_case_weight(&c, (uint64_t)(84 + i));
+		s->w[i] = on_device(&s->host[i]);
+	}
+	for (int i = 0; i < STEPS; i++)
+		row[i] = i;
+	s->in = take_copy(in, STEPS * n * h * 4);
+	s->norm = take_copy(norm, h * 4);
+	s->bias = take_copy(bias, SIDE_EXPERTS * 4);
+	s->row = take_copy(row, sizeof(row));
+	s->stream = take(n * h * 4);
+	for (int i = 0; i < 3; i++)
+		s->wide[i] = take(n * (size_t)rows[i] * 4);
+	s->normed = take(n * h * 2);
+	s->act = take(n * (size_t)width * 2);
+	s->ids = take(n * SIDE_TOP_K * 4);
+	s->weights = take(n * SIDE_TOP_K * 4);
+	s->shape = (km_router_shape){ .tokens = tokens, .experts = SIDE_EXPERTS, .hidden = hidden,
+		                      .top_k = SIDE_TOP_K, .block = 1, .renormalize = true, .scale = 1 };
+	must(km_router_plan_make(&s->plan, &s->shape, &device, &err));
+	free(in);
+	free(norm);
+	free(bias);
+}
+
+static void side_gate(side *s, enum km_turn turn)
+{
+	km_router_buffers b = { .logits = s->wide[2], .bias = s->bias, .ids = s->ids,
+		                .weights = s->weights };
+
+	s->plan.gate_turn = turn;
+	must(km_cuda_router_run(gpu, KM_PART_GATE, &s->plan, &s->shape, &b, &err));
+}
+
+static void side_down(const side *s, enum km_turn turn)
+{
+	km_cuda_linear down = { .w = { &s->w[3] }, .y = { s->stream }, .weights = 1,
+		                .tokens = s->tokens, .accumulate = true, .turn = turn,
+		                .from = KM_X_SILU, .a = s->wide[0], .b = s->wide[1], .made = s->act };
+
+	must(km_cuda_ops_linear(gpu, &with_slab, &down, &err));
+}
+
+/* One step; the results to out: the stream, ids, weights of each. */
+static void side_step(side *s, int i, bool gate_first, bool beside, char *const out[3])
+{
+	enum km_turn first = beside ? KM_TURN_HOLDS : KM_TURN_AFTER,
+		     second = beside ? KM_TURN_BESIDE : KM_TURN_AFTER;
+	int stream_bytes = s->tokens * s->hidden * 4, ids_bytes = s->tokens * SIDE_TOP_K * 4;
+	km_cuda_linear wide = { .w = { &s->w[0], &s->w[1], &s->w[2] },
+		                .y = { s->wide[0], s->wide[1], s->wide[2] }, .weights = 3,
+		                .tokens = s->tokens, .from = KM_X_NORM, .a = s->stream,
+		                .b = s->norm, .eps = 1e-5f, .made = s->normed, .keep = true };
+
+	must(km_cuda_ops_gather(gpu, s->row + i, 1, s->in, s->stream, stream_bytes, &err));
+	must(km_cuda_ops_linear(gpu, &with_slab, &wide, &err));
+	if (gate_first)
+		side_gate(s, first);
+	side_down(s, gate_first ? second : first);
+	if (!gate_first)
+		side_gate(s, second);
+	must(km_cuda_ops_gather(gpu, s->row, 1, s->stream, out[0] + (size_t)i * (size_t)stream_bytes,
+	                        stream_bytes, &err));
+	must(km_cuda_ops_gather(gpu, s->row, 1, s->ids, out[1] + (size_t)i * (size_t)ids_bytes,
+	                        ids_bytes, &err));
+	must(km_cuda_ops_gather(gpu, s->row, 1, s->weights, out[2] + (size_t)i * (size_t)ids_bytes,
+	                        ids_bytes, &err));
+}
+
+/* All steps, replayed from a graph: what they leave, owned. */
+static void side_run(side *s, bool gate_first, bool beside, const size_t bytes[3], char *got[3])
+{
+	size_t mark = km_cuda_mark(gpu);
+	char *out[3];
+	km_cuda_graph *graph;
+
+	for (int k = 0; k < 3; k++)
+		out[k] = take(bytes[k]);
+	side_step(s, 0, gate_first, beside, out);
+	must(km_cuda_capture_begin(gpu, &err));
+	for (int i = 0; i < STEPS; i++)
+		side_step(s, i, gate_first, beside, out);
+	must(km_cuda_capture_end(gpu, &graph, &err));
+	for (int i = 0; i < 3; i++) {
+		for (int k = 0; k < 3; k++)
+			must(km_cuda_fill(gpu, out[k], 0xff, bytes[k], &err));
+		must(km_cuda_graph_launch(gpu, graph, &err));
+	}
+	for (int k = 0; k < 3; k++)
+		got[k] = fetch(out[k], bytes[k]);
+	km_cuda_graph_free(graph);
+	km_cuda_rewind(gpu, mark);
+}
+
+static void launches_side_by_side_see_the_same(void **state)
+{
+	(void)state;
+	for (int tokens = 1; tokens <= 2; tokens++) {
+		size_t mark = km_cuda_mark(gpu), ids, bytes[3];
+		char *want[3], *got[3];
+		side s;
+
+		side_open(&s, tokens);
+		ids = (size_t)(STEPS * tokens * SIDE_TOP_K) * 4;
+		bytes[0] = (size_t)(STEPS * tokens * s.hidden) * 4;
+		bytes[1] = bytes[2] = ids;
+		side_run(&s, false, false, bytes, want);
+		assert_memory_not_equal(want[1], want[1] + ids / STEPS, ids / STEPS);
+		for (int gate_first = 0; gate_first < 2; gate_first++) {
+			side_run(&s, gate_first, true, bytes, got);
+			for (int k = 0; k < 3; k++) {
+				assert_memory_equal(got[k], want[k], bytes[k]);
+				free(got[k]);
+			}
+		}
+		for (int k = 0; k < 3; k++)
+			free(want[k]);
+		for (int i = 0; i < 4; i++)
+			op_case_weight_release(&s.host[i]);
+		km_cuda_rewind(gpu, mark);
+	}
+}
+
 static void weights_become_bf16(void **state)
 {
 	(void)state;
@@ -670,6 +829,7 @@ int main(int argc, char **argv)
 		cmocka_unit_test(slabs_are_right),
 		cmocka_unit_test(linear_layers_make_their_x),
 		cmocka_unit_test(weights_over_one_x_are_each_ones),
+		cmocka_unit_test(launches_side_by_side_see_the_same),
 		cmocka_unit_test(weights_become_bf16),
 		cmocka_unit_test(norms_are_right),
 		cmocka_unit_test(rows_move_exactly),
