@@ -3,8 +3,8 @@
  *
  * ROOFLINE
  *   Bytes; it is what the others' rooflines are (device/roofline.h). Blocks of 512 threads, each with four loads
- *   under way (ptxas keeps eight to 32 registers so), 32 kB a block; tests/gpu/bench_gpu_roofline.c tries 1 to 8
- *   blocks a multiprocessor. 4.5 TB/s by 0.8 us, the time of a load, are 27 kB a multiprocessor.
+ *   under way (ptxas keeps the eight written here to 32 registers so), 32 kB a block;
+ *   tests/gpu/bench_gpu_roofline.c tries 1 to 8 blocks a multiprocessor.
  *
  * RULES
  *   Order of sums: of no account, they are whole numbers.
