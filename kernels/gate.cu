@@ -3,7 +3,7 @@
  *
  * ROOFLINE
  *   Bytes: 4 E a token in, 8 top_k out; at E = 384, top_k = 8: 1.6 kB. H100, at the 3.10 TB/s that a
- *   read reaches: 0.53 us at 1,024 tokens, 20.65 at 40,000; H200 (4.8 by its data sheet): 0.35, 13.3.
+ *   read reaches: 0.53 us at 1,024 tokens, 20.65 at 40,000; H200, at 4.50: 0.37, 14.2.
  *   Arithmetic: about 300 warp instructions a row, 75 cycles of a multiprocessor's four schedulers; its
  *   share of the memory brings a row every 119 cycles. So memory is the bound from some thousands of
  *   tokens on; before, it is latency: a kernel that only reads and writes as much takes 1.2 us at 1

@@ -4,7 +4,7 @@
  *
  * ROOFLINE
  *   Bytes: 2 E H for the weights, 2 M H for x; at E = 384, H = 7168: 5.5 MB, 1.78 us at H100's
- *   3.10 TB/s (1.15 at H200's 4.8), 3.4 with a launch. Flops: 2 M E H = 5.5 MFLOP a token, 0.007 us of
+ *   3.10 TB/s (1.22 at H200's 4.50), 3.4 with a launch. Flops: 2 M E H = 5.5 MFLOP a token, 0.007 us of
  *   tensor cores: bound by memory up to some 2,000 tokens. What it takes besides the stream of
  *   weights is x: each group of blocks that has only some of the experts reads all of x again, from
  *   L2 (16 times 14 kB a token), so blocks split the columns too.
