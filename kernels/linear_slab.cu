@@ -19,8 +19,8 @@
  *                    mla_cluster.cu 3. What is missing: from launch to launch 1 us, and in each the
  *                    chain of x, its norm, products and sums, 1 to 2.
  *
- * A block has a slab of consecutive rows, which one warp asks the copy engine for as soon as the block
- * begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier
+ * A block has a slab of consecutive rows, which one warp, or two, ask the copy engine for as soon as the
+ * block begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier
  * kernels still work, as far as shared memory goes. Eight warps wait for the predecessor, put x into
  * shared memory, and multiply on tensor cores as the stages come in. A block has one slab or several in
  * turn; a slab is cut into stages of whole steps of 512 columns, or is one stage and then one copy.
@@ -39,7 +39,8 @@ enum {
 	STEP = 512,
 	WARPS = 8,
 	CONSUMERS = 32 * WARPS,
-	THREADS = CONSUMERS + 32,
+	MOST_FETCHERS = 2,
+	THREADS = CONSUMERS + 32 * MOST_FETCHERS,
 	MOST_TOKENS = 8,
 	MOST_GROUPS = 2, /* of 16 rows, in a slab */
 	MOST_STAGES = 16,
@@ -50,11 +51,14 @@ enum {
 	PARTS_BYTES = WARPS * 16 * MOST_TOKENS * 4,
 	AT_X = AT_PARTS + 2 * PARTS_BYTES,
 	MOST_BYTES = 226 << 10,
+	AHEAD_BYTES = 8 << 10,
 	NORM_THREADS = 512, /* norm.cu's */
 	ATTENTION_BLOCKS = 16, /* which leave no room beside them: mla_cluster.cu's */
 	NORM_SHORT = 4 * NORM_THREADS,
 	NORM_LONG = 4 * NORM_SHORT,
 };
+
+static_assert(MOST_GROUPS * 16 <= 32, "a lane a row, of each warp that fetches");
 
 enum slab_form { FORM_GIVEN, FORM_NORM, FORM_NORM_LONG, FORM_SILU };
 
@@ -63,6 +67,7 @@ struct slab_cut {
 	int rows, slabs, end[KK_LINEAR_WEIGHTS]; /* of a slab; of them, up to each weight's last */
 	int columns, pitch;                      /* of a stage; bytes from row to row */
 	int stages, stage_bytes, x_pitch, at_stages;
+	int fetchers; /* warps that fetch */
 };
 
 struct slab_run {
@@ -85,36 +90,72 @@ __device__ __forceinline__ slab find_slab(const slab_run &r, int i)
 	return s;
 }
 
-/* A warp: every stage of every slab of this block, as room comes free. */
-__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, int lane)
+/* Which stage comes next, and the parity that its barrier then waits for. */
+struct slab_ring {
+	int at, parity;
+
+	__device__ __forceinline__ void next(int size)
+	{
+		if (++at == size)
+			at = 0, parity ^= 1;
+	}
+};
+
+/*
+ * A stage's pieces, a row's each. A copy takes its operands from uniform registers, so the lanes of a warp
+ * take turns, ten instructions each that wait for one another: a piece should be long.
+ */
+__device__ __forceinline__ void fetch_stage(const slab_run &r, const slab &s, const char *from, int bytes,
+                                            uint32_t to, uint32_t full, int thread, uint64_t policy)
 {
-	int cols = r.a.linear.w[0].cols, n = 0;
+	if (r.cut.columns == r.a.linear.w[0].cols) {
+		if (thread == 0)
+			ptx_copy_bulk_policy(to, from, s.rows * bytes, full, policy);
+		return;
+	}
+	if (thread < s.rows)
+		ptx_copy_bulk_policy(to + thread * r.cut.pitch,
+		                     from + (size_t)thread * r.a.linear.w[0].cols * 2, bytes, full,
+		                     policy);
+}
+
+/* This block's share of what a later launch reads. */
+__device__ __forceinline__ void fetch_ahead(const slab_run &r, int thread)
+{
+	int hop = 32 * r.cut.fetchers * (int)gridDim.x;
+
+#pragma unroll 1
+	for (int k = 0; k < KK_AHEAD && r.a.ahead[k].from; k++)
+		for (int i = thread * (int)gridDim.x + (int)blockIdx.x; i * AHEAD_BYTES < r.a.ahead[k].bytes;
+		     i += hop)
+			ptx_prefetch_bulk((const char *)r.a.ahead[k].from + i * AHEAD_BYTES,
+			                  min((int)AHEAD_BYTES, r.a.ahead[k].bytes - i * AHEAD_BYTES));
+}
+
+/* The warps that fetch, a thread for each row of a slab: every stage of every slab of this block, as room
+ * comes free. A stage is full only when thread 0 has told its bytes, whichever arrive before. */
+__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, int thread)
+{
+	int cols = r.a.linear.w[0].cols;
 	uint64_t policy = ptx_policy_drop();
+	slab_ring ring = {0, 1};
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x) {
 		slab s = find_slab(r, i);
 		const char *from =
 			(const char *)r.a.linear.w[s.weight].data + (size_t)s.first * cols * 2;
 
-		for (int c = 0; c < cols; c += r.cut.columns, n++) {
-			int stage = n % r.cut.stages, bytes = min(r.cut.columns, cols - c) * 2;
-			uint32_t full = smem + AT_FULL + 8 * stage;
-			uint32_t to = smem + r.cut.at_stages + stage * r.cut.stage_bytes;
+		for (int c = 0; c < cols; c += r.cut.columns, ring.next(r.cut.stages)) {
+			int bytes = min(r.cut.columns, cols - c) * 2;
+			uint32_t full = smem + AT_FULL + 8 * ring.at;
 
-			ptx_mbarrier_wait(smem + AT_EMPTY + 8 * stage,
-			                  (n / r.cut.stages & 1) ^ 1);
-			if (lane == 0)
+			ptx_mbarrier_wait(smem + AT_EMPTY + 8 * ring.at, ring.parity);
+			if (thread == 0)
 				ptx_mbarrier_expect(full, s.rows * bytes);
-			__syncwarp(); /* the bytes are expected before any arrives */
-			if (r.cut.columns == cols) {
-				if (lane == 0)
-					ptx_copy_bulk_policy(to, from, s.rows * bytes, full, policy);
-			} else {
-				for (int row = lane; row < s.rows; row += 32)
-					ptx_copy_bulk_policy(to + row * r.cut.pitch,
-					                     from + ((size_t)row * cols + c) * 2,
-					                     bytes, full, policy);
-			}
+			__syncwarp();
+			fetch_stage(r, s, from + (size_t)c * 2, bytes,
+			            smem + r.cut.at_stages + ring.at * r.cut.stage_bytes, full, thread,
+			            policy);
 		}
 	}
 }
@@ -344,7 +385,8 @@ __device__ __forceinline__ void multiply_slabs(const slab_run &r, char *smem, ui
                                                int thread)
 {
 	int warp = thread / 32, lane = thread % 32, group = warp % GROUPS, g = lane / 4;
-	int cols = r.a.linear.w[0].cols, n = 0, turn = 0;
+	int cols = r.a.linear.w[0].cols, turn = 0;
+	slab_ring ring = {0, 0};
 	const char *x = smem + AT_X + min(g, r.a.linear.tokens - 1) * r.cut.x_pitch + lane % 4 * 16;
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x, turn ^= 1) {
@@ -354,16 +396,15 @@ __device__ __forceinline__ void multiply_slabs(const slab_run &r, char *smem, ui
 		float *parts = (float *)(smem + AT_PARTS + turn * PARTS_BYTES);
 		slab_sums<GROUPS> sum = {};
 
-		for (int c = 0; c < cols; c += r.cut.columns, n++) {
-			int stage = n % r.cut.stages;
-			const char *w = smem + r.cut.at_stages + stage * r.cut.stage_bytes;
+		for (int c = 0; c < cols; c += r.cut.columns, ring.next(r.cut.stages)) {
+			const char *w = smem + r.cut.at_stages + ring.at * r.cut.stage_bytes;
 
-			ptx_mbarrier_wait(address + AT_FULL + 8 * stage, n / r.cut.stages & 1);
+			ptx_mbarrier_wait(address + AT_FULL + 8 * ring.at, ring.parity);
 			multiply_stage<GROUPS>(sum, w + upper, w + lower, x + c * 2,
 			                       min(r.cut.columns, cols - c), warp / GROUPS);
 			__syncwarp(); /* the warp has read the stage */
 			if (lane == 0)
-				ptx_mbarrier_arrive(address + AT_EMPTY + 8 * stage);
+				ptx_mbarrier_arrive(address + AT_EMPTY + 8 * ring.at);
 		}
 #pragma unroll
 		for (int k = 0; k < 4; k += 2)
@@ -391,7 +432,10 @@ __global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linea
 	}
 	__syncthreads(); /* the barriers are begun */
 	if (thread >= CONSUMERS) {
-		fetch_slabs(r, address, thread - CONSUMERS);
+		thread -= CONSUMERS;
+		thread = thread % 32 * r.cut.fetchers + thread / 32;
+		fetch_slabs(r, address, thread);
+		fetch_ahead(r, thread);
 		return;
 	}
 	make_x<FORM>(r, smem, thread);
@@ -426,29 +470,30 @@ static int count_slabs(const kk_linear_args *l, int rows, int (&end)[KK_LINEAR_W
 	return slabs;
 }
 
-/* Slabs as even as they can be, so that no block has a turn more than it need have: of several weights
- * each may leave a slab that is not full. */
-static void cut_rows(slab_cut *c, const kk_linear_args *l, int blocks)
+/* Slabs of up to `most` rows, as even as they can be, so that no block has a turn more than it need
+ * have: of several weights each may leave a slab that is not full. */
+static void cut_rows(slab_cut *c, const kk_linear_args *l, int blocks, int most)
 {
 	int all = 0, turns;
 
 	for (int i = 0; i < l->weights; i++)
 		all += l->w[i].rows;
-	turns = ceil_div(all, blocks * MOST_GROUPS * 16);
+	turns = ceil_div(all, blocks * most);
 	c->rows = ceil_div(all, blocks * turns);
-	while ((c->slabs = count_slabs(l, c->rows, c->end)) > blocks * turns &&
-	       c->rows < MOST_GROUPS * 16)
+	while ((c->slabs = count_slabs(l, c->rows, c->end)) > blocks * turns && c->rows < most)
 		c->rows++;
 }
 
 /* One block a multiprocessor where x is long, since each block makes all of it; else two. */
 static void cut_slabs(slab_run *r, int blocks, int room, int stage_bytes)
 {
+	int most = r->a.rows ? r->a.rows : MOST_GROUPS * 16;
 	const kk_linear_args *l = &r->a.linear;
 	slab_cut *c = &r->cut;
 	int cols = l->w[0].cols;
 
-	cut_rows(c, l, blocks);
+	cut_rows(c, l, blocks, most);
+	c->fetchers = r->a.fetchers ? r->a.fetchers : 1;
 	c->columns = stage_bytes / (c->rows * STEP * 2) * STEP;
 	if (c->columns < STEP)
 		c->columns = STEP;
@@ -483,7 +528,7 @@ static cudaError_t launch_slab(const slab_run *r, int blocks, cudaStream_t strea
 	if (rc != cudaSuccess)
 		return rc;
 	config.gridDim = dim3(r->cut.slabs < blocks ? r->cut.slabs : blocks);
-	config.blockDim = dim3(THREADS);
+	config.blockDim = dim3(CONSUMERS + 32 * r->cut.fetchers);
 	config.dynamicSmemBytes = bytes;
 	config.stream = stream;
 	attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -493,14 +538,25 @@ static cudaError_t launch_slab(const slab_run *r, int blocks, cudaStream_t strea
 	return cudaLaunchKernelEx(&config, kernel, *r);
 }
 
+/* Several stages, whatever x takes. */
+static int room_of_one(int x_bytes)
+{
+	int room = AT_X + x_bytes + (96 << 10);
+
+	return room < 160 << 10 ? 160 << 10 : room < MOST_BYTES ? room : (int)MOST_BYTES;
+}
+
 cudaError_t kk_linear_slab(const kk_linear_slab_args *a, cudaStream_t stream)
 {
 	const kk_linear_args *l = &a->linear;
 	int each = a->blocks_per_sm ? a->blocks_per_sm : l->w[0].cols >= 4096 ? 1 : 2;
 	int blocks = each * (a->multiprocessors - (each > 1 ? ATTENTION_BLOCKS : 0));
-	int room = a->smem_bytes ? a->smem_bytes : each == 1 ? 160 << 10 : 110 << 10;
+	int x_bytes = l->tokens * x_pitch_of(l->w[0].cols);
+	int room = a->smem_bytes ? a->smem_bytes : each == 1 ? room_of_one(x_bytes) : 110 << 10;
 	slab_run r = {*a, {}};
 
+	if (a->rows < 0 || a->rows > MOST_GROUPS * 16 || a->fetchers < 0 || a->fetchers > MOST_FETCHERS)
+		return cudaErrorInvalidValue;
 	if (l->weights < 1 || l->weights > KK_LINEAR_WEIGHTS || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
 	    (a->from == KK_X_GIVEN && l->x_stride % 8) || a->multiprocessors < 1)
 		return cudaErrorInvalidValue;

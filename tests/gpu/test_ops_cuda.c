@@ -22,8 +22,10 @@
 
 #include "base/mem.h"
 #include "base/rng.h"
+#include "dense.h"
 #include "device/cuda_blas.h"
 #include "device/cuda_ops.h"
+#include "device/cuda_state.h"
 #include "model/router.h"
 #include "support/op_case.h"
 
@@ -257,6 +259,55 @@ static void slabs_are_right(void **state)
 		close_linear(&l);
 		km_cuda_rewind(gpu, mark);
 	}
+}
+
+/* However slabs are cut, and whatever is fetched ahead: the same bits. */
+static void cuts_change_nothing(void **state)
+{
+	static const struct {
+		int blocks, rows, stage, room, fetchers;
+	} cuts[] = { { 0, 0, 0, 0, 0 },    { 0, 0, 0, 0, 2 },   { 1, 16, 16, 160, 1 },
+		     { 1, 8, 32, 216, 2 }, { 2, 3, 16, 110, 1 }, { 1, 2, 32, 0, 2 },
+		     { 2, 20, 64, 110, 2 } };
+	static const weight_case cases[] = { { KM_W_BF16, 1000, 2080, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 1500, 1024, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 5000, 7168, 0, 0, 0, KM_F32 } };
+
+	(void)state;
+	for (int i = 0; i < (short_run ? 1 : COUNT(cases)); i++)
+		for (int tokens = 1; tokens <= 3; tokens += 2) {
+			size_t mark = km_cuda_mark(gpu), bytes = (size_t)(tokens * cases[i].rows) * 4;
+			float *y, *want = NULL;
+			linear_case l;
+
+			open_linear(&l, &cases[i], tokens);
+			y = take(bytes);
+			for (int k = 0; k < COUNT(cuts); k++) {
+				kk_linear_slab_args a = {
+					.linear = { .x = l.x_device, .w = { l.device }, .y = { y },
+						    .y_stride = { cases[i].rows }, .weights = 1,
+						    .tokens = tokens, .x_stride = l.x_stride, .pdl = true },
+					.ahead = { { l.device.data, 4096 },
+						   { l.device.data, l.device.rows * l.device.cols * 2 } },
+					.multiprocessors = gpu->info.multiprocessors,
+					.blocks_per_sm = cuts[k].blocks, .rows = cuts[k].rows,
+					.stage_bytes = cuts[k].stage << 10,
+					.smem_bytes = cuts[k].room << 10, .fetchers = cuts[k].fetchers,
+				};
+				float *got;
+
+				must(km_cuda_fill(gpu, y, 0xff, bytes, &err));
+				assert_int_equal(kk_linear_slab(&a, gpu->stream), cudaSuccess);
+				got = fetch(y, bytes);
+				want = want ? want : got;
+				assert_memory_equal(got, want, bytes);
+				if (got != want)
+					free(got);
+			}
+			free(want);
+			close_linear(&l);
+			km_cuda_rewind(gpu, mark);
+		}
 }
 
 /* A linear layer that makes its x, by form: its result, and x when it is to be kept. */
@@ -827,6 +878,7 @@ int main(int argc, char **argv)
 	static const struct CMUnitTest all[] = {
 		cmocka_unit_test(linear_layers_are_right),
 		cmocka_unit_test(slabs_are_right),
+		cmocka_unit_test(cuts_change_nothing),
 		cmocka_unit_test(linear_layers_make_their_x),
 		cmocka_unit_test(weights_over_one_x_are_each_ones),
 		cmocka_unit_test(launches_side_by_side_see_the_same),
