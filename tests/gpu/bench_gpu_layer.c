@@ -1,8 +1,12 @@
 /*
  * The dense half of one MoE layer's decode step as one GPU of eight sees it (TP8: 8 heads, an eighth
  * of the shared expert; K2.5's widths), in one graph of many layers with programmatic launches: each
- * launch alone over rotating weights, and what the chain costs up to it. The weights, 63 MB a layer,
- * are in no cache. Router and experts are left out; so are collectives.
+ * launch alone over rotating weights, and what the chain costs up to it. The weights, 68 MB a layer,
+ * are in no cache. Experts are left out; so are collectives. A launch that goes beside its predecessor
+ * (device/turn.h) has no time of its own.
+ *
+ * Then each launch of slabs alone, cut in several ways, and the head's slice. At the end lines that
+ * begin with "best" sum it up.
  *
  * bench_gpu_layer [TOKENS [CONTEXT]], default 1 1024; the median of replays, by events.
  */
@@ -17,6 +21,7 @@
 #include "device/cuda_state.h"
 #include "format/dtype.h"
 #include "mla.h"
+#include "router.h"
 
 enum {
 	LAYERS = 6,
@@ -29,6 +34,9 @@ enum {
 	KEY = 192,
 	VALUES = HEADS * 128,
 	SHARED = 256,
+	EXPERTS = 384,
+	TOP_K = 8,
+	VOCAB = 20480,
 	PAGE = 16,
 	MOST_OPS = 16,
 };
@@ -38,14 +46,15 @@ static km_err err;
 static int tokens = 1, context = 1024;
 
 typedef struct layer {
-	km_weight q_a, kv_a, q_b, o, gate, up, down;
+	km_weight q_a, kv_a, q_b, o, gate, up, down, router;
 	void *kv_b, *cache;
 } layer;
 
 static layer layers[LAYERS];
-static float *stream, *delta, *q_a, *kv_a, *gate, *up, *norm;
+static km_weight head;
+static float *stream, *delta, *q_a, *kv_a, *gate, *up, *norm, *logits, *scores, *expert_weights;
 static void *normed, *q_a_normed, *q, *heads_out, *act, *scratch, *turns;
-static int32_t *positions, *slots, *kv_len, *pages;
+static int32_t *positions, *slots, *kv_len, *pages, *expert_ids;
 
 static void must(int rc)
 {
@@ -132,9 +141,15 @@ static void take_all(void)
 			             .gate = take_weight(SHARED, HIDDEN),
 			             .up = take_weight(SHARED, HIDDEN),
 			             .down = take_weight(HIDDEN, SHARED),
+			             .router = take_weight(EXPERTS, HIDDEN),
 			             .kv_b = take_random((size_t)HEADS * 256 * 512, false, 0.04f),
 			             .cache = take_random(rows * (size_t)context * KV_WIDTH, false,
 			                                  1) };
+	head = take_weight(VOCAB, HIDDEN);
+	logits = take_random(rows * VOCAB, true, 1);
+	scores = take_random(rows * EXPERTS, true, 1);
+	expert_weights = take_random(rows * TOP_K, true, 1);
+	expert_ids = take_ids(tokens * TOP_K, 0, 1);
 	stream = take_random(rows * HIDDEN, true, 1);
 	delta = take_random(rows * HIDDEN, true, 1);
 	norm = take_random(HIDDEN, true, 1);
@@ -185,16 +200,24 @@ static cudaError_t run_stream(kk_linear_args a, const void *x)
 	return kk_linear_stream(&a, gpu->stream);
 }
 
-static int blocks_per_sm, stage_bytes, smem_bytes;
+/* How slabs are cut, 0: as the launcher does. Blocks a multiprocessor, most rows of a slab, kB of a
+ * stage and of shared memory, warps that fetch. */
+typedef struct cut {
+	int blocks, rows, stage, room, fetchers;
+} cut;
+
+static cut now;
 
 static cudaError_t run_slab(kk_linear_slab_args a)
 {
 	a.linear.x_stride = a.linear.w[0].cols;
 	a.multiprocessors = gpu->info.multiprocessors;
 	a.eps = 1e-5f;
-	a.blocks_per_sm = blocks_per_sm;
-	a.stage_bytes = stage_bytes;
-	a.smem_bytes = smem_bytes;
+	a.blocks_per_sm = now.blocks;
+	a.rows = now.rows;
+	a.stage_bytes = now.stage << 10;
+	a.smem_bytes = now.room << 10;
+	a.fetchers = now.fetchers;
 	return kk_linear_slab(&a, gpu->stream);
 }
 
@@ -284,12 +307,24 @@ OP(slab_q_b)
 	a.linear.y_bf16 = true;
 	return run_slab(a);
 }
-OP(slab_o)
+static kk_linear_slab_args o_of(const layer *l)
 {
 	kk_linear_slab_args a = { .linear = linear_of(&l->o, NULL, stream, NULL) };
 
 	a.linear.x = heads_out;
 	a.linear.accumulate = true;
+	return a;
+}
+
+OP(slab_o) { return run_slab(o_of(l)); }
+/* While attention works, the memory has nothing to do. */
+OP(slab_o_ahead)
+{
+	const km_weight *const w[] = { &l->gate, &l->up, &l->router, &l->down };
+	kk_linear_slab_args a = o_of(l);
+
+	for (int i = 0; i < KK_AHEAD; i++)
+		a.ahead[i] = (kk_ahead){ w[i]->data, w[i]->rows * w[i]->cols * 2 };
 	return run_slab(a);
 }
 OP(slab_gate_up)
@@ -298,13 +333,54 @@ OP(slab_gate_up)
 		                               .from = KK_X_NORM, .a = stream, .b = norm,
 		                               .a_stride = HIDDEN, .x_out = normed });
 }
-OP(slab_down)
+OP(slab_gate_up_router)
+{
+	kk_linear_slab_args a = { .linear = linear_of(&l->gate, &l->up, gate, up), .from = KK_X_NORM,
+		                  .a = stream, .b = norm, .a_stride = HIDDEN, .x_out = normed };
+
+	a.linear.w[2] = l->router;
+	a.linear.y[2] = scores;
+	a.linear.y_stride[2] = EXPERTS;
+	a.linear.weights = 3;
+	return run_slab(a);
+}
+static cudaError_t run_down(const layer *l, enum km_turn turn)
 {
 	kk_linear_slab_args a = { .linear = linear_of(&l->down, NULL, stream, NULL),
-		                  .from = KK_X_SILU, .a = gate, .b = up, .a_stride = SHARED };
+		                  .from = KK_X_SILU, .a = gate, .b = up, .a_stride = SHARED,
+		                  .turn = turn };
 
 	a.linear.accumulate = true;
 	return run_slab(a);
+}
+OP(slab_down) { return run_down(l, KM_TURN_AFTER); }
+OP(slab_down_holds) { return run_down(l, KM_TURN_HOLDS); }
+OP(slab_down_beside) { return run_down(l, KM_TURN_BESIDE); }
+OP(router)
+{
+	kk_router_args a = { .x = normed, .w = l->router.data, .logits = scores, .tokens = tokens,
+		             .experts = EXPERTS, .hidden = HIDDEN, .pdl = true };
+
+	return kk_router_resident(&a, gpu->stream);
+}
+static cudaError_t run_gate(enum km_turn turn)
+{
+	kk_gate_args a = { .logits = scores, .bias = norm, .ids = expert_ids,
+		           .weights = expert_weights, .tokens = tokens, .experts = EXPERTS,
+		           .top_k = TOP_K, .scale = 2.5f, .renormalize = true, .pdl = true,
+		           .turn = turn };
+
+	return kk_gate_onepass(&a, 1, tokens, gpu->stream);
+}
+OP(gate) { (void)l; return run_gate(KM_TURN_AFTER); }
+OP(gate_holds) { (void)l; return run_gate(KM_TURN_HOLDS); }
+OP(gate_beside) { (void)l; return run_gate(KM_TURN_BESIDE); }
+OP(head)
+{
+	(void)l;
+	return run_slab((kk_linear_slab_args){ .linear = linear_of(&head, NULL, logits, NULL),
+		                               .from = KK_X_NORM, .a = stream, .b = norm,
+		                               .a_stride = HIDDEN });
 }
 
 typedef struct op {
@@ -354,13 +430,53 @@ static const op cluster[] = {
 	{ 0 },
 };
 
-static const op cluster_rows[] = {
-	{ "norm, q_a, kv_a", op_slab_a, 30.3 },
-	{ "norm, q_b", op_slab_q_b, 4.7 },
-	{ "kv, attention", op_cluster_rows, 3.3 },
+#define ATTENTION                                                                                  \
+	{ "norm, q_a, kv_a", op_slab_a, 30.3 }, { "norm, q_b", op_slab_q_b, 4.7 },                 \
+	{ "kv, attention", op_cluster_rows, 3.3 }
+
+static const op apart[] = {
+	ATTENTION,
 	{ "o, add", op_slab_o, 14.7 },
 	{ "norm, gate, up", op_slab_gate_up, 7.3 },
 	{ "silu, down, add", op_slab_down, 3.7 },
+	{ "router", op_router, 5.5 },
+	{ "gate of experts", op_gate, 0 },
+	{ 0 },
+};
+
+static const op joined[] = {
+	ATTENTION,
+	{ "o, add", op_slab_o, 14.7 },
+	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
+	{ "silu, down, add", op_slab_down, 3.7 },
+	{ "gate of experts", op_gate, 0 },
+	{ 0 },
+};
+
+static const op gate_beside[] = {
+	ATTENTION,
+	{ "o, add", op_slab_o, 14.7 },
+	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
+	{ "silu, down, add", op_slab_down_holds, 3.7 },
+	{ "gate of experts", op_gate_beside, 0 },
+	{ 0 },
+};
+
+static const op down_beside[] = {
+	ATTENTION,
+	{ "o, add", op_slab_o, 14.7 },
+	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
+	{ "gate of experts", op_gate_holds, 0 },
+	{ "silu, down, add", op_slab_down_beside, 3.7 },
+	{ 0 },
+};
+
+static const op ahead[] = {
+	ATTENTION,
+	{ "o, add, L2 ahead", op_slab_o_ahead, 14.7 },
+	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
+	{ "silu, down, add", op_slab_down_holds, 3.7 },
+	{ "gate of experts", op_gate_beside, 0 },
 	{ 0 },
 };
 
@@ -399,54 +515,122 @@ static double time_ops(const op *ops, int from, int to)
 	return us[REPLAYS / 2] / (LAYERS * ROUNDS);
 }
 
-static void show(const char *what, const op *ops)
+/* Beside its predecessor, and so never alone. */
+static bool is_beside(const op *o)
+{
+	return o->run == op_gate_beside || o->run == op_slab_down_beside;
+}
+
+static double show(const char *what, const op *ops)
 {
 	double before = 0, megabytes = 0;
 
 	printf("%s, %d tokens, context %d:  alone us (TB/s), chain so far us\n", what, tokens, context);
 	for (int i = 0; ops[i].name; i++) {
-		double alone = time_ops(ops, i, i + 1), chain = time_ops(ops, 0, i + 1);
+		double alone = is_beside(&ops[i]) ? 0 : time_ops(ops, i, i + 1),
+		       chain = time_ops(ops, 0, i + 1);
 
 		megabytes += ops[i].megabytes;
-		printf("  %-16s %7.2f  %5.2f   %7.2f  (+%.2f)\n", ops[i].name, alone,
-		       ops[i].megabytes / alone, chain, chain - before);
+		if (is_beside(&ops[i]))
+			printf("  %-16s %7s  %5s   %7.2f  (+%.2f)\n", ops[i].name, "-", "-", chain,
+			       chain - before);
+		else
+			printf("  %-16s %7.2f  %5.2f   %7.2f  (+%.2f)\n", ops[i].name, alone,
+			       ops[i].megabytes / alone, chain, chain - before);
 		before = chain;
 	}
 	printf("  whole: %.2f us, %.1f MB, %.2f TB/s\n", before, megabytes, megabytes / before);
 	fflush(stdout);
+	return before;
 }
 
-/* Each slab launch alone, x given, by blocks, stages and room. */
+/* ---- cuts ---- */
+
+static const cut cuts[] = {
+	{ 0 },
+	{ .fetchers = 2 },
+	{ .rows = 16 },
+	{ .rows = 16, .fetchers = 2 },
+	{ .rows = 8 },
+	{ .rows = 8, .fetchers = 2 },
+	{ .rows = 4 },
+	{ .rows = 2 },
+	{ .stage = 16 },
+	{ .stage = 64 },
+	{ .stage = 64, .fetchers = 2 },
+	{ .room = 216 },
+	{ .room = 216, .fetchers = 2 },
+	{ .stage = 64, .room = 216, .fetchers = 2 },
+	{ .rows = 16, .room = 216, .fetchers = 2 },
+	{ .rows = 8, .room = 216 },
+	{ .rows = 4, .room = 216 },
+	{ .blocks = 1 },
+	{ .blocks = 1, .fetchers = 2 },
+	{ .blocks = 1, .stage = 64, .room = 216 },
+	{ .blocks = 2, .room = 110 },
+	{ .blocks = 2, .room = 110, .fetchers = 2 },
+	{ .blocks = 2, .rows = 8, .room = 110 },
+	{ .blocks = 2, .stage = 16, .room = 110, .fetchers = 2 },
+};
+enum { CUTS = sizeof(cuts) / sizeof(cuts[0]) };
+
+static const op cut_ops[] = {
+	{ "norm, q_a, kv_a", op_slab_a, 30.3 },
+	{ "q_a, kv_a", op_slab_a_given, 30.3 },
+	{ "norm, q_b", op_slab_q_b, 4.7 },
+	{ "o, add", op_slab_o, 14.7 },
+	{ "norm, gate, up", op_slab_gate_up, 7.3 },
+	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
+	{ "silu, down, add", op_slab_down, 3.7 },
+	{ "norm, head", op_head, 293.6 },
+};
+enum { CUT_OPS = sizeof(cut_ops) / sizeof(cut_ops[0]) };
+
+/* Whether the launcher takes the cut: not all stages fit all room. */
+static bool is_taken(const op *o)
+{
+	return o->run(&layers[0]) != cudaErrorInvalidValue;
+}
+
+static int show_cut(const op *o, double *best_us, double *chosen_us)
+{
+	int best = 0;
+
+	for (int k = 0; k < CUTS; k++) {
+		double us;
+
+		now = cuts[k];
+		if (!is_taken(o))
+			continue;
+		us = time_ops(o, 0, 1);
+		printf("cut: %-16s blocks %d rows %2d stage %2d room %3d fetchers %d: %7.2f us, %.2f TB/s\n",
+		       o->name, now.blocks, now.rows, now.stage, now.room, now.fetchers, us,
+		       o->megabytes / us);
+		if (!k)
+			*chosen_us = *best_us = us;
+		if (us < *best_us)
+			*best_us = us, best = k;
+	}
+	now = (cut){ 0 };
+	fflush(stdout);
+	return best;
+}
+
 static void show_cuts(void)
 {
-	static const struct {
-		const char *name;
-		cudaError_t (*run)(const layer *l);
-		double megabytes;
-	} what[] = { { "q_a, kv_a, x given", op_slab_a_given, 30.3 },
-		     { "norm, q_a, kv_a", op_slab_a, 30.3 },
-		     { "q_b", op_slab_q_b, 4.7 },
-		     { "o", op_slab_o, 14.7 },
-		     { "gate, up", op_slab_gate_up, 7.3 },
-		     { "down", op_slab_down, 3.7 } };
-	static const int cuts[][3] = { { 1, 16, 110 }, { 1, 32, 110 }, { 1, 16, 160 }, { 1, 32, 160 },
-		                       { 1, 32, 216 }, { 1, 64, 216 }, { 2, 16, 110 }, { 2, 32, 110 },
-		                       { 2, 64, 110 }, { 2, 16, 72 } };
+	int best[CUT_OPS];
+	double us[CUT_OPS], chosen[CUT_OPS];
 
-	for (size_t i = 0; i < sizeof(what) / sizeof(what[0]); i++)
-		for (size_t k = 0; k < sizeof(cuts) / sizeof(cuts[0]); k++) {
-			op one = { what[i].name, what[i].run, what[i].megabytes };
-			double us;
+	for (int i = 0; i < CUT_OPS; i++)
+		best[i] = show_cut(&cut_ops[i], &us[i], &chosen[i]);
+	for (int i = 0; i < CUT_OPS; i++) {
+		const cut *c = &cuts[best[i]];
 
-			blocks_per_sm = cuts[k][0];
-			stage_bytes = cuts[k][1] << 10;
-			smem_bytes = cuts[k][2] << 10;
-			us = time_ops(&one, 0, 1);
-			printf("cut: %-18s %d blocks, stages of %d kB in %d kB: %6.2f us, %.2f TB/s\n",
-			       one.name, cuts[k][0], cuts[k][1], cuts[k][2], us, one.megabytes / us);
-		}
-	blocks_per_sm = stage_bytes = smem_bytes = 0;
-	fflush(stdout);
+		printf("best: %-16s blocks %d rows %2d stage %2d room %3d fetchers %d: %7.2f us, %.2f TB/s; "
+		       "as it is %.2f, %.2f\n",
+		       cut_ops[i].name, c->blocks, c->rows, c->stage, c->room, c->fetchers, us[i],
+		       cut_ops[i].megabytes / us[i], chosen[i], cut_ops[i].megabytes / chosen[i]);
+	}
 }
 
 int main(int argc, char **argv)
@@ -465,17 +649,21 @@ int main(int argc, char **argv)
 	show("separate", separate);
 	show("fused", fused);
 	show("cluster", cluster);
-	show("cluster with rows", cluster_rows);
-	blocks_per_sm = 1;
-	show("cluster with rows, 1 block", cluster_rows);
-	stage_bytes = 16 << 10;
-	show("cluster with rows, 1 block, 16 kB", cluster_rows);
-	stage_bytes = 64 << 10;
-	smem_bytes = 200 << 10;
-	show("cluster with rows, 1 block, 64 kB of 200", cluster_rows);
-	blocks_per_sm = stage_bytes = smem_bytes = 0;
-	if (argc > 3)
-		show_cuts();
+	for (int fetchers = 1; fetchers <= 2; fetchers++) {
+		double us[5];
+
+		now.fetchers = fetchers;
+		us[0] = show("router apart", apart);
+		us[1] = show("router joined", joined);
+		us[2] = show("router joined, gate beside down", gate_beside);
+		us[3] = show("router joined, down beside gate", down_beside);
+		us[4] = show("router joined, gate beside down, L2 ahead", ahead);
+		printf("best: chain, fetchers %d: router apart %.2f us, joined %.2f, gate beside down "
+		       "%.2f, down beside gate %.2f, L2 ahead %.2f\n",
+		       fetchers, us[0], us[1], us[2], us[3], us[4]);
+	}
+	now = (cut){ 0 };
+	show_cuts();
 	km_cuda_close(gpu);
 	return 0;
 }
