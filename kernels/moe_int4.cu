@@ -55,6 +55,8 @@ cudaError_t kk_moe_stream(const kk_moe_args *a, cudaStream_t stream)
 		return launch_tile<tile<8, 2, 4, 16, 1>>(a, stream);
 	case 8 << 16 | 256:
 		return launch_tile<tile<8, 2, 8, 16, 1>>(a, stream);
+	case 8 << 16 | 512:
+		return launch_tile<tile<8, 2, 16, 16, 1>>(a, stream);
 	}
 	return moe_stream_large(a, stream);
 }

@@ -9,6 +9,7 @@
 
 #include "moe.h"
 #include "ptx.cuh"
+#include "tensor_map.cuh"
 
 enum {
 	MAX_STAGES = 16,
@@ -36,6 +37,7 @@ struct stream_smem {
 	int tile_expert[INSIDE_PLACES], tile_first[INSIDE_PLACES], tile_rows[INSIDE_PLACES];
 	int lead_tiles[INSIDE_PLACES], lead_places[INSIDE_PLACES];
 	float weights[DIRECT_PLACES];
+	__align__(16) uint32_t minus[4];
 	int tiles, places_here;
 };
 static_assert(sizeof(stream_smem) <= 12 * 1024, "the plan's allowance");
@@ -53,6 +55,11 @@ struct stream_work {
 	int group_shift;                /* log2(group / 32) */
 };
 
+/* The weights, [expert][row block][record][8 bytes]; a box is a stage. */
+struct stream_maps {
+	CUtensorMap gate_up, down;
+};
+
 template <int T_, int RB_, int WR_, int W_, int REC_>
 struct tile {
 	static constexpr int T = T_;       /* places */
@@ -65,7 +72,9 @@ struct tile {
 	static constexpr int ROWS = 16 * RB_ * WR_, DOWN_ROWS = 16 * RB_ * W_;
 	static constexpr int PER = REC_ * WK; /* records of a row block in one stage */
 	static constexpr int THREADS = 32 * (W_ + 2);
-	static constexpr bool BIASED = T_ == 8; /* codes stay 128 too large; a product with -136 makes up for it */
+	static constexpr bool BIASED = T_ == 8; /* weights stay 8 too large; a product makes up for it */
+	/* What the sums of rows g and g + 8 must yet be multiplied by: `widen`. */
+	static constexpr float UNIT = BIASED ? 0x1p69f : 64.0f, UNIT_8 = BIASED ? 0x1p65f : 64.0f;
 	static constexpr int UP_PITCH = PER * RECORD_COLS * 2 + PAD;
 	static constexpr int DOWN_PITCH = REC_ * RECORD_COLS * 2 + PAD;
 };
@@ -340,8 +349,24 @@ __device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s
 	f.r.next();
 }
 
+/* One stage as one box: `pieces` row blocks of `records` records, from there on. */
+__device__ __forceinline__ void fetch_box(const stream_work &w, stream_smem *s, weight_fetch &f, const CUtensorMap *map,
+                                          int pieces_records, int record, int block, int expert)
+{
+	uint32_t full = barrier_of(s->full, f.r.at);
+
+	if (threadIdx.x % 32 == 0) {
+		ptx_mbarrier_wait(barrier_of(s->empty, f.r.at), f.r.parity ^ 1);
+		ptx_mbarrier_expect(full, pieces_records * w.record_bytes);
+		ptx_copy_box(w.stage0 + f.r.at * w.stage_bytes, map, make_int4(0, record, block, expert), full,
+		             f.policy);
+	}
+	f.r.next();
+}
+
 template <typename L>
-__device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream_work &w, stream_smem *s)
+__device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream_maps &maps, const stream_work &w,
+                                              stream_smem *s)
 {
 	int lane = threadIdx.x % 32;
 	weight_fetch f = {{0, 0, w.stages}, ptx_policy_drop(), -1, 0};
@@ -350,25 +375,23 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 
 	for (int i = w.up_lo; i < w.up_hi; i++) {
 		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
-		const uint8_t *from = a.gate_up + (size_t)cached_expert(a, s, f, it.tile) * a.gate_up_stride +
-		                      ((size_t)it.rows * UP_PIECES + lane) * w.up_records * rec;
+		int expert = cached_expert(a, s, f, it.tile);
 
 		for (int c = 0; c < w.up_records; c += L::PER)
-			fetch_stage(w, s, f, UP_PIECES, L::PER * rec, min(L::PER, w.up_records - c) * rec,
-			            lane < UP_PIECES ? from + (size_t)c * rec : NULL);
+			fetch_box(w, s, f, &maps.gate_up, UP_PIECES * L::PER, c, it.rows * UP_PIECES, expert);
 	}
 	if (!a.direct) {
 		for (int i = w.down_lo; i < w.down_hi; i++) {
 			item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
-			const uint8_t *from = a.down + (size_t)cached_expert(a, s, f, it.tile) * a.down_stride +
-			                      ((size_t)it.rows * DOWN_PIECES + lane) * w.down_records * rec;
+			int expert = cached_expert(a, s, f, it.tile);
 
 			for (int c = 0; c < w.down_records; c += L::REC)
-				fetch_stage(w, s, f, DOWN_PIECES, L::REC * rec, min(L::REC, w.down_records - c) * rec,
-				            lane < DOWN_PIECES ? from + (size_t)c * rec : NULL);
+				fetch_box(w, s, f, &maps.down, DOWN_PIECES * L::REC, c, it.rows * DOWN_PIECES,
+				          expert);
 		}
 		return;
 	}
+	__syncwarp(); /* the other lanes have waited for nothing yet */
 	/* A warp's unit is a row block of a tile's expert, with all of the warp's room in a stage. */
 	constexpr int REC = L::RB * L::REC;
 	int units = (w.down_hi - w.down_lo) * w.tiles;
@@ -392,7 +415,7 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 template <typename L>
 struct own_places {
 	static constexpr int N = (L::T + 31) / 32;
-	int place[N], count;
+	int place[N], row[N], count; /* row: of x, its token's */
 };
 
 template <typename L>
@@ -410,6 +433,7 @@ __device__ __forceinline__ own_places<L> find_places(const kk_moe_args &a, const
 			own.place[i] = row < s->tile_rows[tile] ? s->order[s->tile_first[tile] + row] : all;
 		else
 			own.place[i] = row < L::T ? __ldcg(a.sorted + (size_t)tile * L::T + row) : all;
+		own.row[i] = own.place[i] / a.top_k;
 		own.count += __popc(__ballot_sync(0xffffffffu, own.place[i] < all));
 	}
 	return own;
@@ -439,7 +463,7 @@ __device__ __forceinline__ void fetch_rows(const kk_moe_args &a, const stream_wo
 	for (int i = 0; i < own_places<L>::N; i++)
 		if (own.place[i] < all)
 			ptx_copy_bulk(w.x0 + r.at * w.x_stage_bytes + (lane + 32 * i) * pitch,
-			              from + (size_t)(TOKENS ? own.place[i] / a.top_k : own.place[i]) * row_bytes,
+			              from + (size_t)(TOKENS ? own.row[i] : own.place[i]) * row_bytes,
 			              bytes, full);
 	r.next();
 }
@@ -536,20 +560,39 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 
 /* ---- The warps that multiply. ---- */
 
-/* A step's A operand from its word: 128 + code in bf16, or code - 8; both exact. */
+__device__ __forceinline__ uint32_t bf16x2_mul(uint32_t v, uint32_t factor)
+{
+	__nv_bfloat162 b = __hmul2(*(__nv_bfloat162 *)&v, *(__nv_bfloat162 *)&factor);
+
+	return *(uint32_t *)&b;
+}
+
+__device__ __forceinline__ uint32_t bf16x2_fma(uint32_t v, uint32_t factor, uint32_t more)
+{
+	__nv_bfloat162 b = __hfma2(*(__nv_bfloat162 *)&v, *(__nv_bfloat162 *)&factor, *(__nv_bfloat162 *)&more);
+
+	return *(uint32_t *)&b;
+}
+
+/*
+ * A step's A operand from its word, exactly. A code's four bits, alone in the lowest eight of a bf16, are a
+ * subnormal number: code * 2^-133 in row g, and, four bits higher, code * 2^-129 in row g + 8 (bit 7, of the
+ * exponent, still counts 128 times the lowest). Biased, that is the operand: the activations are 2^64 times
+ * themselves, so that no product is subnormal, and 8 is taken away from all codes at once (sum_bias).
+ * Else a multiply-add makes both (code - 8) / 64. Masks and shifts run at half the rate of all else: what
+ * they are spared is what counts.
+ */
 template <bool BIASED>
 __device__ __forceinline__ void widen(uint32_t (&d)[4], uint32_t codes)
 {
-	const __nv_bfloat162 bias = __floats2bfloat162_rn(-136.0f, -136.0f);
+	constexpr uint32_t P127 = 0x7f007f00u, P123 = 0x7d007d00u, EIGHTH = 0xbe00be00u;
 
 #pragma unroll
-	for (int i = 0; i < 4; i++) {
-		d[i] = ptx_and_or(codes >> 4 * i, 0x000f000fu, 0x43004300u);
-		if (!BIASED) {
-			__nv_bfloat162 b = __hadd2(*(__nv_bfloat162 *)&d[i], bias);
+	for (int i = 0; i < 2; i++) {
+		uint32_t c = codes >> 8 * i, low = c & 0x000f000fu, high = c & 0x00f000f0u;
 
-			d[i] = *(uint32_t *)&b;
-		}
+		d[2 * i] = BIASED ? low : bf16x2_fma(low, P127, EIGHTH);
+		d[2 * i + 1] = BIASED ? high : bf16x2_fma(high, P123, EIGHTH);
 	}
 }
 
@@ -584,13 +627,11 @@ __device__ __forceinline__ void add_steps(float (&sum)[4], const steps &s, const
 	sum[2] = fmaf(s.high, d[2], sum[2]), sum[3] = fmaf(s.high, d[3], sum[3]);
 }
 
-/* -136 times the sum of 32 columns of the activations, in every row. */
-__device__ __forceinline__ void sum_bias(float (&d)[4], const uint32_t (&b)[4])
+/* -8 times the sum of 32 columns of the activations, in every row, in the row's unit. */
+__device__ __forceinline__ void sum_bias(float (&d)[4], const uint32_t (&minus)[4], const uint32_t (&b)[4])
 {
-	constexpr uint32_t MINUS_136 = 0xc308c308u;
-
-	ptx_mma_bf16_first(d, MINUS_136, MINUS_136, MINUS_136, MINUS_136, b[0], b[1]);
-	ptx_mma_bf16(d, MINUS_136, MINUS_136, MINUS_136, MINUS_136, b[2], b[3]);
+	ptx_mma_bf16_first(d, minus[0], minus[1], minus[2], minus[3], b[0], b[1]);
+	ptx_mma_bf16(d, minus[0], minus[1], minus[2], minus[3], b[2], b[3]);
 }
 
 /* Shared addresses of this lane's rows of activations, as ptx_load_matrices wants them. */
@@ -612,6 +653,7 @@ __device__ __forceinline__ x_rows<L> lane_rows(int rows, uint32_t pitch)
 #pragma unroll
 	for (int n = 0; n < x_rows<L>::N; n++)
 		x.offset[n] = min(n * 8 + lane % 8, rows - 1) * pitch + lane / 8 * 16;
+	ptx_hold(x.offset[0]);
 	return x;
 }
 
@@ -624,48 +666,61 @@ __device__ __forceinline__ uint32_t x_offset(const x_rows<L> &x, int n)
 template <typename L>
 using tile_sums = float[L::RB][L::NT][4];
 
-/* Row g's and row g + 8's scales, for each 32 columns of a record. */
-__device__ __forceinline__ void load_scales(uint32_t (&d)[4], const uint8_t *from, int g, int group_shift)
+/*
+ * What every record needs of a lane, held in registers: left to itself, the compiler makes it anew for
+ * each, in chains that wait for themselves.
+ */
+struct lane_parts {
+	uint32_t codes;               /* where its words of a record's first half are; the second's: 512 further */
+	uint32_t scale[2], next_half; /* its rows' scales of the first and second 32 columns of a half */
+	uint32_t minus[4];            /* -8 in each row's unit, as an A operand */
+};
+
+__device__ __forceinline__ lane_parts lane_records(int lane, int group_shift, uint32_t at_minus)
 {
-	if (group_shift == 0) {
-		uint4 v = ((const uint4 *)from)[g];
+	lane_parts p;
+	uint4 minus;
 
-		d[0] = v.x, d[1] = v.y, d[2] = v.z, d[3] = v.w;
-	} else if (group_shift == 1) {
-		uint2 v = ((const uint2 *)from)[g];
-
-		d[0] = d[1] = v.x, d[2] = d[3] = v.y;
-	} else {
-		d[0] = d[1] = d[2] = d[3] = ((const uint32_t *)from)[g];
-	}
+	p.codes = lane * 16;
+	p.next_half = 8 >> group_shift & 12;
+	p.scale[0] = RECORD_CODES + (lane / 4 << (4 - group_shift));
+	p.scale[1] = p.scale[0] + (group_shift ? 0 : 4);
+	ptx_hold(p.codes);
+	ptx_hold(p.next_half);
+#pragma unroll
+	for (int k = 0; k < 2; k++)
+		ptx_hold(p.scale[k]);
+	minus = ptx_load_shared(at_minus);
+	p.minus[0] = minus.x, p.minus[1] = minus.y, p.minus[2] = minus.z, p.minus[3] = minus.w;
+	return p;
 }
 
 /* One record of each of the warp's row blocks, `block_pitch` apart, times 128 columns of `rows` places. */
 template <typename L>
-__device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const uint8_t *record, uint32_t block_pitch,
-                                                uint32_t x, const x_rows<L> &own, int rows, int group_shift)
+__device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const lane_parts &p, uint32_t record,
+                                                uint32_t block_pitch, uint32_t x, const x_rows<L> &own, int rows)
 {
-	int lane = threadIdx.x % 32;
-	uint32_t scale[L::RB][4]; /* of each 32 columns */
+	uint32_t codes = record + p.codes;
 
-#pragma unroll
-	for (int r = 0; r < L::RB; r++)
-		load_scales(scale[r], record + r * block_pitch + RECORD_CODES, lane / 4, group_shift);
 #pragma unroll(L::T * L::RB > 8 ? 1 : 2) /* more would spill */
 	for (int half = 0; half < 2; half++) {
 		uint4 q[L::RB];
+		uint32_t scale[L::RB][2];
 
 #pragma unroll
-		for (int r = 0; r < L::RB; r++)
-			q[r] = *(const uint4 *)(record + r * block_pitch + half * 512 + lane * 16);
+		for (int r = 0; r < L::RB; r++) {
+			q[r] = ptx_load_shared(codes + r * block_pitch);
+#pragma unroll
+			for (int k = 0; k < 2; k++)
+				scale[r][k] = ptx_load_shared_word(record + r * block_pitch + p.scale[k]);
+		}
 #pragma unroll
 		for (int k = 0; k < 2; k++) {
 			steps s[L::RB];
 
 #pragma unroll
 			for (int r = 0; r < L::RB; r++)
-				load_steps<L::BIASED>(s[r], k ? q[r].z : q[r].x, k ? q[r].w : q[r].y,
-				                     half ? scale[r][2 + k] : scale[r][k]);
+				load_steps<L::BIASED>(s[r], k ? q[r].z : q[r].x, k ? q[r].w : q[r].y, scale[r][k]);
 #pragma unroll
 			for (int n0 = 0; n0 < L::NT; n0 += 2) {
 				if (n0 > 0 && n0 * 8 >= rows)
@@ -675,15 +730,21 @@ __device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const uint8_t
 					uint32_t b[4];
 					float bias[4];
 
-					ptx_load_matrices(b, x + x_offset<L>(own, n) + (2 * half + k) * 64);
+					ptx_load_matrices(b, x + x_offset<L>(own, n) + k * 64);
 					if (L::BIASED)
-						sum_bias(bias, b);
+						for (int i = 0; i < 4; i++)
+							b[i] = bf16x2_mul(b[i], 0x5f805f80u);
+					if (L::BIASED)
+						sum_bias(bias, p.minus, b);
 #pragma unroll
 					for (int r = 0; r < L::RB; r++)
 						add_steps<L::BIASED>(sum[r][n], s[r], b, bias);
 				}
 			}
 		}
+		codes += 512;
+		record += p.next_half;
+		x += 128;
 	}
 }
 
@@ -747,7 +808,8 @@ __device__ __forceinline__ void store_act(const kk_moe_args &a, const tile_sums<
 #pragma unroll
 			for (int r = 0; r < L::RB; r++)
 				act[(size_t)places[row] * a.intermediate + r * 8] =
-					__float2bfloat16(silu(sum[r][n][i]) * sum[r][n][2 + i]);
+					__float2bfloat16(silu(L::UNIT * sum[r][n][i]) *
+					                 (L::UNIT_8 * sum[r][n][2 + i]));
 		}
 }
 
@@ -769,7 +831,7 @@ __device__ __forceinline__ void store_part(const kk_moe_args &a, const tile_sums
 			for (int r = 0; r < L::RB; r++)
 #pragma unroll
 				for (int h = 0; h < 2; h++) {
-					float even = sum[r][n][2 * h], odd = sum[r][n][2 * h + 1];
+					float u = h ? L::UNIT_8 : L::UNIT, even = u * sum[r][n][2 * h], odd = u * sum[r][n][2 * h + 1];
 					float keep = g & 1 ? odd : even;
 					float got = __shfl_xor_sync(0xffffffffu, g & 1 ? even : odd, 4);
 					__nv_bfloat162 v = g & 1 ? __floats2bfloat162_rn(got, keep)
@@ -791,8 +853,8 @@ __device__ __forceinline__ void store_part(const kk_moe_args &a, const tile_sums
 				for (int r = 0; r < L::RB; r++) {
 					float *to = (float *)a.part + (size_t)places[row] * a.hidden + first + r * 16 + g;
 
-					to[0] = sum[r][n][i];
-					to[8] = sum[r][n][2 + i];
+					to[0] = L::UNIT * sum[r][n][i];
+					to[8] = L::UNIT_8 * sum[r][n][2 + i];
 				}
 			}
 		}
@@ -812,12 +874,13 @@ __device__ __forceinline__ void give_stage(const uint64_t *empty, int at)
 
 template <typename L>
 __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_work &w, stream_smem *s,
-                                            const char *base, float *sums, rings &q)
+                                            const lane_parts &p, int warp, float *sums, rings &q)
 {
-	int warp = threadIdx.x / 32, warp_row = warp % L::WR, warp_column = warp / L::WR;
-	uint32_t rec = w.record_bytes;
+	int warp_row = warp % L::WR, warp_column = warp / L::WR;
+	uint32_t rec = w.record_bytes, first = w.stage0 + warp_row * L::RB * L::PER * rec;
 	x_rows<L> own = lane_rows<L>(w.x_rows, L::UP_PITCH);
 
+	ptx_hold(first);
 	for (int i = w.up_lo; i < w.up_hi; i++) {
 		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
 		tile_sums<L> sum;
@@ -826,15 +889,13 @@ __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_w
 		for (int c = 0; c < w.up_records; c += L::PER) {
 			int n = min(L::PER, w.up_records - c);
 			bool last = c + L::PER >= w.up_records;
-			const uint8_t *stage = (const uint8_t *)base + q.w.at * w.stage_bytes +
-			                       warp_row * L::RB * L::PER * rec;
+			uint32_t stage = first + q.w.at * w.stage_bytes, x = w.x0 + q.x.at * w.x_stage_bytes;
 
 			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
 			ptx_mbarrier_wait(barrier_of(s->x_full, q.x.at), q.x.parity);
 			for (int k = warp_column; k < n; k += L::WK)
-				multiply_record<L>(sum, stage + k * rec, L::PER * rec,
-				                   w.x0 + q.x.at * w.x_stage_bytes + k * RECORD_COLS * 2, own,
-				                   s->rows[q.x.at], w.group_shift);
+				multiply_record<L>(sum, p, stage + k * rec, L::PER * rec, x + k * RECORD_COLS * 2, own,
+				                   L::NT > 2 ? s->rows[q.x.at] : 0);
 			give_stage(s->empty, q.w.at);
 			q.w.next();
 			if (last) {
@@ -853,12 +914,12 @@ __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_w
 
 template <typename L>
 __device__ __forceinline__ void multiply_down(const kk_moe_args &a, const stream_work &w, stream_smem *s,
-                                              const char *base, rings &q)
+                                              const lane_parts &p, int warp, rings &q)
 {
-	int warp = threadIdx.x / 32;
-	uint32_t rec = w.record_bytes;
+	uint32_t rec = w.record_bytes, first = w.stage0 + warp * L::RB * L::REC * rec;
 	x_rows<L> own = lane_rows<L>(w.x_rows, L::DOWN_PITCH);
 
+	ptx_hold(first);
 	for (int i = w.down_lo; i < w.down_hi; i++) {
 		item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
 		tile_sums<L> sum;
@@ -866,15 +927,13 @@ __device__ __forceinline__ void multiply_down(const kk_moe_args &a, const stream
 		clear<L>(sum);
 		for (int c = 0; c < w.down_records; c += L::REC) {
 			int n = min(L::REC, w.down_records - c);
-			const uint8_t *stage = (const uint8_t *)base + q.w.at * w.stage_bytes +
-			                       warp * L::RB * L::REC * rec;
+			uint32_t stage = first + q.w.at * w.stage_bytes, x = w.x0 + q.x.at * w.x_stage_bytes;
 
 			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
 			ptx_mbarrier_wait(barrier_of(s->x_full, q.x.at), q.x.parity);
 			for (int k = 0; k < n; k++)
-				multiply_record<L>(sum, stage + k * rec, L::REC * rec,
-				                   w.x0 + q.x.at * w.x_stage_bytes + k * RECORD_COLS * 2, own,
-				                   s->rows[q.x.at], w.group_shift);
+				multiply_record<L>(sum, p, stage + k * rec, L::REC * rec, x + k * RECORD_COLS * 2, own,
+				                   L::NT > 2 ? s->rows[q.x.at] : 0);
 			give_stage(s->empty, q.w.at);
 			q.w.next();
 			if (c + L::REC >= w.down_records)
@@ -922,7 +981,7 @@ __device__ __forceinline__ void load_act(const kk_moe_args &a, const stream_smem
  */
 template <typename L>
 __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stream_work &w, stream_smem *s,
-                                                char *base, float *sums, rings &q)
+                                                const lane_parts &p, char *base, float *sums, rings &q)
 {
 	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 	int places = a.tokens * a.top_k, blocks = w.down_hi - w.down_lo, units = blocks * w.tiles;
@@ -939,13 +998,12 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 		clear<L>(sum);
 		for (int c = 0; c < w.down_records; c += L::REC) {
 			int n = min(L::REC, w.down_records - c);
-			const uint8_t *stage = (const uint8_t *)base + q.w.at * w.stage_bytes + warp * L::REC * rec;
+			uint32_t stage = w.stage0 + q.w.at * w.stage_bytes + warp * L::REC * rec;
 
 			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
 			for (int k = 0; k < n && mine; k++)
-				multiply_record<L>(sum, stage + k * rec, 0,
-				                   w.x0 + at * pitch + (c + k) * RECORD_COLS * 2, own, rows,
-				                   w.group_shift);
+				multiply_record<L>(sum, p, stage + k * rec, 0,
+				                   w.x0 + at * pitch + (c + k) * RECORD_COLS * 2, own, rows);
 			give_stage(s->empty, q.w.at);
 			q.w.next();
 		}
@@ -953,7 +1011,8 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 #pragma unroll
 			for (int v = 0; v < 4; v++)
 				if (2 * t + v % 2 < rows)
-					sums[(block * places + at + 2 * t + v % 2) * 17 + g + v / 2 * 8] = sum[0][0][v];
+					sums[(block * places + at + 2 * t + v % 2) * 17 + g + v / 2 * 8] =
+						(v < 2 ? L::UNIT : L::UNIT_8) * sum[0][0][v];
 	}
 	ptx_barrier_some(BAR_ALL, 32 * L::W); /* every place's rows are here */
 	for (int o = threadIdx.x; o < blocks * a.tokens * 16; o += 32 * L::W) {
@@ -961,10 +1020,10 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 		float all = 0.0f;
 
 		for (int k = 0; k < a.top_k; k++) {
-			int p = s->position[token * a.top_k + k];
+			int at = s->position[token * a.top_k + k];
 
-			if (p >= 0)
-				all = fmaf(s->weights[token * a.top_k + k], sums[(block * places + p) * 17 + row], all);
+			if (at >= 0)
+				all = fmaf(s->weights[token * a.top_k + k], sums[(block * places + at) * 17 + row], all);
 		}
 		store_y(a, (size_t)token * a.hidden + (w.down_lo + block) * 16 + row, all);
 	}
@@ -1022,7 +1081,8 @@ __device__ __forceinline__ void sum_places(const kk_moe_args &a, int threads)
 }
 
 template <typename L>
-__global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constant__ kk_moe_args a)
+__global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constant__ kk_moe_args a,
+                                                                const __grid_constant__ stream_maps maps)
 {
 	extern __shared__ __align__(1024) char smem[];
 	stream_smem *s = (stream_smem *)smem;
@@ -1042,6 +1102,8 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	w.x_stage_bytes = w.x_rows * L::UP_PITCH;
 	w.stage0 = ptx_shared_address(base);
 	w.x0 = w.stage0 + w.stages * w.stage_bytes;
+	if (threadIdx.x < 4)
+		s->minus[threadIdx.x] = threadIdx.x % 2 ? 0x80808080u : 0x80088008u;
 	if (threadIdx.x == 0) {
 		for (int i = 0; i < w.stages; i++) {
 			ptx_mbarrier_init(barrier_of(s->full, i), 1);
@@ -1072,13 +1134,14 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	}
 	divide<L>(a, w);
 	if (warp == L::W) {
-		fetch_weights<L>(a, w, s);
+		fetch_weights<L>(a, maps, w, s);
 	} else if (warp == L::W + 1) {
 		fetch_activations<L>(a, w, s, round_up);
 	} else {
 		rings q = {{0, 0, w.stages}, {0, 0, w.x_stages}};
+		lane_parts p = lane_records(threadIdx.x % 32, w.group_shift, ptx_shared_address(s->minus));
 
-		multiply_up<L>(a, w, s, base, sums, q);
+		multiply_up<L>(a, w, s, p, warp, sums, q);
 		if (a.direct || !a.ready) {
 			ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's activations are stored */
 			if (threadIdx.x == 0)
@@ -1089,10 +1152,10 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 				if (threadIdx.x == 0)
 					wait_round(a.sync, round_up);
 				ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
-				multiply_direct<tile<8, 1, 1, L::W, L::RB * L::REC>>(a, w, s, base, sums, q);
+				multiply_direct<tile<8, 1, 1, L::W, L::RB * L::REC>>(a, w, s, p, base, sums, q);
 				return;
 			}
-		multiply_down<L>(a, w, s, base, q);
+		multiply_down<L>(a, w, s, p, warp, q);
 		ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's parts are stored */
 		if (threadIdx.x == 0) {
 			arrive_round(a.sync + SYNC_STRIDE);
@@ -1104,9 +1167,23 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	}
 }
 
-template <typename L>
-static cudaError_t launch_stream(const kk_moe_args *a, void (*kernel)(kk_moe_args), int threads,
-                                 cudaStream_t stream)
+/* A matrix of all experts, in boxes of `blocks` row blocks by `records` records. */
+static inline cudaError_t map_weights(CUtensorMap *map, const kk_moe_args *a, const void *data, int64_t stride, int rows,
+                                      int cols, int blocks, int records)
+{
+	cuuint64_t record = RECORD_CODES + 4096 / a->group, across = cols / RECORD_COLS;
+	tensor_shape t = {CU_TENSOR_MAP_DATA_TYPE_UINT64, CU_TENSOR_MAP_SWIZZLE_NONE, 4, data,
+	                  {record / 8, across, (cuuint64_t)rows / 16, (cuuint64_t)a->experts},
+	                  {record, across * record, (cuuint64_t)stride},
+	                  {(cuuint32_t)record / 8, (cuuint32_t)records, (cuuint32_t)blocks, 1}};
+
+	return make_tensor_map(map, t);
+}
+
+/* `more`: the kernel's arguments after the first. */
+template <typename L, typename Kernel, typename... More>
+static cudaError_t launch_stream(const kk_moe_args *a, Kernel kernel, int threads, cudaStream_t stream,
+                                 const More &...more)
 {
 	cudaLaunchAttribute attr[2] = {};
 	cudaLaunchConfig_t config = {};
@@ -1129,13 +1206,20 @@ static cudaError_t launch_stream(const kk_moe_args *a, void (*kernel)(kk_moe_arg
 		attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
 		attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
 	}
-	return cudaLaunchKernelEx(&config, kernel, *a);
+	return cudaLaunchKernelEx(&config, kernel, *a, more...);
 }
 
 template <typename L>
 static cudaError_t launch_tile(const kk_moe_args *a, cudaStream_t stream)
 {
-	return launch_stream<L>(a, moe_stream<L>, L::THREADS, stream);
+	stream_maps maps;
+	cudaError_t rc = map_weights(&maps.gate_up, a, a->gate_up, a->gate_up_stride, 2 * a->intermediate, a->hidden,
+	                             L::ROWS / 16, L::PER);
+
+	if (rc == cudaSuccess)
+		rc = map_weights(&maps.down, a, a->down, a->down_stride, a->hidden, a->intermediate,
+		                 L::DOWN_ROWS / 16, L::REC);
+	return rc != cudaSuccess ? rc : launch_stream<L>(a, moe_stream<L>, L::THREADS, stream, maps);
 }
 
 cudaError_t moe_stream_large(const kk_moe_args *a, cudaStream_t stream);

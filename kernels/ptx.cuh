@@ -478,6 +478,30 @@ __device__ __forceinline__ void ptx_load_matrices_down(uint32_t (&d)[4], uint32_
 	             : "memory");
 }
 
+/* The value stays in a register: the compiler cannot make it anew where it is used. */
+__device__ __forceinline__ void ptx_hold(uint32_t &v)
+{
+	asm volatile("" : "+r"(v));
+}
+
+/* Of shared memory; volatile, as ptx_load_matrices. */
+__device__ __forceinline__ uint4 ptx_load_shared(uint32_t address)
+{
+	uint4 v;
+	asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+	             : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+	             : "r"(address)
+	             : "memory");
+	return v;
+}
+
+__device__ __forceinline__ uint32_t ptx_load_shared_word(uint32_t address)
+{
+	uint32_t v;
+	asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+	return v;
+}
+
 /* (a & mask) | bits */
 __device__ __forceinline__ uint32_t ptx_and_or(uint32_t a, uint32_t mask, uint32_t bits)
 {
@@ -548,6 +572,20 @@ __device__ __forceinline__ void ptx_copy_tile(uint32_t to, const void *map, int 
 	asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
 	             ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
 	             "l"(map), "r"(x), "r"(y), "r"(barrier), "h"((uint16_t)blocks)
+	             : "memory");
+#else
+	__trap();
+#endif
+}
+
+/* A box of a tensor of four dimensions, `at` its first element's place; to a multiple of 128 bytes. */
+__device__ __forceinline__ void ptx_copy_box(uint32_t to, const void *map, int4 at, uint32_t barrier,
+                                             uint64_t policy)
+{
+#if __CUDA_ARCH__ >= 900
+	asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+	             "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+	             "l"(map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(barrier), "l"(policy)
 	             : "memory");
 #else
 	__trap();

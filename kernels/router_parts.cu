@@ -21,11 +21,11 @@
  *   It does not depend on the number of tokens. Weights are read before the previous launch has ended:
  *   nothing in the stream may be writing them.
  */
-#include <cuda.h>
 
 #include "launch.cuh"
 #include "ptx.cuh"
 #include "router.h"
+#include "tensor_map.cuh"
 
 /*
  * A cluster has all tiles (4 of experts, 2 of tokens) of one part of the columns. Each block fetches a
@@ -144,37 +144,14 @@ __global__ void __launch_bounds__(SUM_THREADS) router_sum_parts(kk_router_args r
 			half ? make_float2(sum.z, sum.w) : make_float2(sum.x, sum.y);
 }
 
-typedef CUresult (*map_encoder)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
-                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                                CUtensorMapFloatOOBfill);
-
-/* The driver's own: the library is not linked with it. */
-static cudaError_t find_encoder(map_encoder *encode)
-{
-	enum cudaDriverEntryPointQueryResult found;
-	cudaError_t rc;
-
-#if CUDART_VERSION >= 12050
-	rc = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)encode, 12000,
-	                                      cudaEnableDefault, &found);
-#else
-	rc = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", (void **)encode, cudaEnableDefault, &found);
-#endif
-	return rc == cudaSuccess && found != cudaDriverEntryPointSuccess ? cudaErrorNotSupported : rc;
-}
-
 /* A matrix of bf16 [rows, KK_ROUTER_HIDDEN], in boxes of a panel's columns and `box` rows; rows beyond the
  * last are zeros. */
-static cudaError_t make_map(CUtensorMap *map, map_encoder encode, const void *data, int rows, int box)
+static cudaError_t make_map(CUtensorMap *map, const void *data, int rows, int box)
 {
-	cuuint64_t sizes[2] = {KK_ROUTER_HIDDEN, (cuuint64_t)rows}, stride = KK_ROUTER_HIDDEN * 2;
-	cuuint32_t sides[2] = {PANEL, (cuuint32_t)box}, steps[2] = {1, 1};
-	CUresult rc = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, (void *)data, sizes, &stride, sides, steps,
-	                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-	                     CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+	tensor_shape t = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, 2, data,
+	                  {KK_ROUTER_HIDDEN, (cuuint64_t)rows}, {KK_ROUTER_HIDDEN * 2}, {PANEL, (cuuint32_t)box}};
 
-	return rc == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+	return make_tensor_map(map, t);
 }
 
 template <int BE>
@@ -182,14 +159,11 @@ static cudaError_t launch_products(const kk_router_args *r, float4 *parts, cudaS
 {
 	cudaLaunchConfig_t config = {};
 	cudaLaunchAttribute attr[2] = {};
-	map_encoder encode;
 	CUtensorMap x, w;
-	cudaError_t rc = find_encoder(&encode);
+	cudaError_t rc = make_map(&x, r->x, r->tokens, TOKENS / WIDE);
 
 	if (rc == cudaSuccess)
-		rc = make_map(&x, encode, r->x, r->tokens, TOKENS / WIDE);
-	if (rc == cudaSuccess)
-		rc = make_map(&w, encode, r->w, r->experts, BE / HIGH);
+		rc = make_map(&w, r->w, r->experts, BE / HIGH);
 	if (rc == cudaSuccess)
 		rc = cudaFuncSetAttribute((const void *)router_parts<BE>,
 		                          cudaFuncAttributeMaxDynamicSharedMemorySize, parts_form<BE>::SMEM);
