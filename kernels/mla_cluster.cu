@@ -9,8 +9,8 @@
  *   three launches  mla_absorb.cu, mla_decode.cu: any length, any number of rows
  *   here            us on H100, launches overlapping, cold: 1 row of 1,024 tokens 6.7 (three launches
  *                   12), 4 rows 9.0; with this step's KV 7.2 and 9.4 (with rope_kv's launch 14 and 15). A
- *                   tile more in a block costs 3.5: a row of 1,025 to 2,048 tokens takes 10.2, still less
- *                   than rope_kv and three launches at 1,024. Longer rows are the three launches'.
+ *                   tile more in a block costs 3.5 (2,048 tokens in two tiles of 64: 10.2), so a tile is
+ *                   as long as fits: one to 1,536 tokens, two to 3,072.
  *
  * Block r of the 16 has head r / 2 for the products with kv_b: of W_kc half the columns, in registers,
  * of W_vc half the values, in shared memory, both on their way before the predecessor has ended; and
@@ -24,8 +24,8 @@
  *
  * RULES
  *   Order: W_kc's rows in 8 runs of 16, added up by rising run; scores in two halves of the columns;
- *   weights by lane (tokens i, i + 32), then a butterfly; tiles of 64 tokens by rising token; the 16
- *   blocks' sums by rising block; W_vc's columns 16 to a lane, then a butterfly. A row depends on its
+ *   weights by lane (tokens i, i + 32, i + 64), then a butterfly; tiles of 96 tokens by rising token; the
+ *   16 blocks' sums by rising block; W_vc's columns 16 to a lane, then a butterfly. A row depends on its
  *   length only.
  */
 #include <math_constants.h>
@@ -42,8 +42,10 @@ enum {
 	VALUES = VALUE / 2,
 	PITCH = WIDTH + 8, /* rows spread over the banks */
 	SUM_PITCH = LATENT + 4,
+	UNIT = 16, /* tokens; runs are whole units */
+	LONG = 96, /* tokens of a tile here: as many as shared memory takes */
 };
-static_assert(HALF == THREADS && TILE == 64, "a column a thread");
+static_assert(HALF == THREADS && LONG % 32 == 0, "a column a thread; a lane's tokens 32 apart");
 
 struct cluster_smem {
 	alignas(128) __nv_bfloat16 w_vc[VALUES][LATENT];
@@ -51,22 +53,25 @@ struct cluster_smem {
 	alignas(16) float4 inbox_stat[BLOCKS]; /* largest score (base 2), sum of weights */
 	alignas(16) __nv_bfloat16 query[HEADS][PITCH];
 	union {
-		alignas(16) __nv_bfloat16 tile[TILE][PITCH];
+		alignas(16) __nv_bfloat16 tile[LONG][PITCH];
 		alignas(16) float sum[HEADS][SUM_PITCH];
 	};
-	alignas(16) float absorbed[WARPS][HALF];
+	union { /* one after the other */
+		alignas(16) float absorbed[WARPS][HALF];
+		alignas(16) float score[2][LONG][HEADS + 1];
+		alignas(16) float latent[LATENT];
+	};
 	alignas(16) __nv_bfloat16 share[HALF]; /* of the absorbed query */
 	alignas(16) __nv_bfloat16 fresh[WIDTH];
-	alignas(16) __nv_bfloat16 weight[HEADS][TILE + 8];
-	alignas(16) float score[2][TILE][HEADS + 1];
-	alignas(16) float latent[LATENT];
+	alignas(16) __nv_bfloat16 weight[HEADS][LONG + 8];
 	float head_q[NOPE], rescale[HEADS], largest[HEADS], total[HEADS];
 	uint64_t values_full, queries, sums; /* barriers */
 };
+static_assert(sizeof(cluster_smem) <= 227 << 10, "what a block can have");
 
 struct cluster_run {
-	int seq, rank, head, half, context, from, to; /* tiles */
-	int last;                                     /* the row that this step adds */
+	int seq, rank, head, half, from, to; /* its run of tokens */
+	int last;                            /* the row that this step adds */
 };
 
 __device__ __forceinline__ void load_w_kc(uint4 (&w)[NOPE / WARPS], const kk_mla_decode_args &a,
@@ -82,17 +87,13 @@ __device__ __forceinline__ void load_w_kc(uint4 (&w)[NOPE / WARPS], const kk_mla
 		w[i] = ptx_load_stream(from + (size_t)i * LATENT);
 }
 
-/* Thread 4 i + j: pieces j, j + 4, ... of 16 bytes of token i. `late`: only this step's row; else all
- * others. */
-__device__ __forceinline__ void fetch_tile(cluster_smem *m, const kk_mla_decode_args &a,
-                                           const cluster_run &r, int tile, bool late)
+/* The pieces j, j + 4, ... of 16 bytes of a token, the i-th of a tile; zeros beyond the run. */
+__device__ __forceinline__ void fetch_token(cluster_smem *m, const kk_mla_decode_args &a,
+                                            const cluster_run &r, int token, int i, int j)
 {
-	int i = (int)threadIdx.x / 4, j = (int)threadIdx.x % 4, token = tile * TILE + i;
-	bool there = token < r.context;
+	bool there = token < r.to;
 	size_t slot = 0;
 
-	if ((token == r.last) != late)
-		return;
 	if (there)
 		slot = mla_slot(a.pages + (size_t)r.seq * a.pages_per_seq, a.page_size, token);
 	if (a.shape.fp8) {
@@ -113,6 +114,23 @@ __device__ __forceinline__ void fetch_tile(cluster_smem *m, const kk_mla_decode_
 	for (int k = 0; k < WIDTH / 32; k++)
 		ptx_copy_async(ptx_shared_address(&m->tile[i][(k * 4 + j) * 8]),
 		               (const char *)a.cache + slot * (WIDTH * 2) + (k * 4 + j) * 16, there);
+}
+
+/* Of the tile that begins with token `first`. */
+__device__ __forceinline__ int units_of(const cluster_run &r, int first)
+{
+	return (min((int)LONG, r.to - first) + UNIT - 1) / UNIT;
+}
+
+/* `late`: only this step's row; else all others. */
+__device__ __forceinline__ void fetch_tile(cluster_smem *m, const kk_mla_decode_args &a,
+                                           const cluster_run &r, int first, bool late)
+{
+	int tokens = units_of(r, first) * UNIT;
+
+	for (int i = (int)threadIdx.x / 4; i < tokens; i += THREADS / 4)
+		if ((first + i == r.last) == late)
+			fetch_token(m, a, r, first + i, i, (int)threadIdx.x % 4);
 }
 
 /* This step's row, by one warp, in rope_kv.cu's order: to the cache and to `fresh`. */
@@ -243,11 +261,11 @@ __device__ __forceinline__ void absorb_and_send(cluster_smem *m, const uint4 (&w
 	}
 }
 
-/* scores of 16 tokens and 8 heads, over half the columns */
-__device__ __forceinline__ void score_tile(cluster_smem *m, int warp, int lane)
+/* scores of 16 tokens, from the tile's `first` on, and 8 heads, over half the columns */
+__device__ __forceinline__ void score_unit(cluster_smem *m, int first, int part, int lane)
 {
 	constexpr int STEPS = WIDTH / 16 / 2;
-	int part = warp / 4, first = warp % 4 * 16, g = lane / 4, t = lane % 4;
+	int g = lane / 4, t = lane % 4;
 	uint32_t rows = ptx_shared_address(
 		&m->tile[first + lane % 16][part * STEPS * 16 + lane / 16 * 8]);
 	const __nv_bfloat16 *q = &m->query[g][part * STEPS * 16 + t * 2];
@@ -266,36 +284,48 @@ __device__ __forceinline__ void score_tile(cluster_smem *m, int warp, int lane)
 		m->score[part][first + g + i / 2 * 8][t * 2 + i % 2] = d[0][i] + d[1][i];
 }
 
+__device__ __forceinline__ void score_tile(cluster_smem *m, int units, int warp, int lane)
+{
+#pragma unroll 1
+	for (int i = warp % 4; i < units; i += 4)
+		score_unit(m, i * UNIT, warp / 4, lane);
+}
+
 /* A warp's head: weights of the tile's tokens, the largest score so far, the weights' sum. */
-__device__ __forceinline__ void weigh_tile(cluster_smem *m, const cluster_run &r, int tile,
+__device__ __forceinline__ void weigh_tile(cluster_smem *m, const cluster_run &r, int first,
                                            float to_base2, float &largest, float &total, int head,
                                            int lane)
 {
-	float s[2], most, p[2];
+	constexpr int EACH = LONG / 32;
+	float s[EACH], most = -CUDART_INF_F, mine = 0.0f;
 
 #pragma unroll
-	for (int i = 0; i < 2; i++) {
+	for (int i = 0; i < EACH; i++) {
 		int token = lane + 32 * i;
 
-		s[i] = (m->score[0][token][head] + m->score[1][token][head]) * to_base2;
-		if (tile * TILE + token >= r.context)
-			s[i] = -CUDART_INF_F;
+		s[i] = -CUDART_INF_F;
+		if (first + token < r.to)
+			s[i] = (m->score[0][token][head] + m->score[1][token][head]) * to_base2;
+		most = fmaxf(most, s[i]);
 	}
-	most = fmaxf(largest, mla_max_lanes(fmaxf(s[0], s[1])));
+	most = fmaxf(largest, mla_max_lanes(most));
 	float rescale = ptx_ex2(largest - most);
 #pragma unroll
-	for (int i = 0; i < 2; i++) {
-		p[i] = ptx_ex2(s[i] - most);
-		m->weight[head][lane + 32 * i] = __float2bfloat16_rn(p[i]);
+	for (int i = 0; i < EACH; i++) {
+		float p = ptx_ex2(s[i] - most);
+
+		m->weight[head][lane + 32 * i] = __float2bfloat16_rn(p);
+		mine += p;
 	}
-	total = total * rescale + mla_sum_lanes(p[0] + p[1]);
+	total = total * rescale + mla_sum_lanes(mine);
 	largest = most;
 	if (lane == 0)
 		m->rescale[head] = rescale;
 }
 
 /* sums of 64 latents and 8 heads */
-__device__ __forceinline__ void add_tile(float (&sum)[4][4], cluster_smem *m, int warp, int lane)
+__device__ __forceinline__ void add_tile(float (&sum)[4][4], cluster_smem *m, int units, int warp,
+                                         int lane)
 {
 	int g = lane / 4, t = lane % 4;
 	float rescale[2] = {m->rescale[t * 2], m->rescale[t * 2 + 1]};
@@ -306,7 +336,9 @@ __device__ __forceinline__ void add_tile(float (&sum)[4][4], cluster_smem *m, in
 	for (int i = 0; i < 16; i++)
 		sum[i / 4][i % 4] *= rescale[i % 2];
 #pragma unroll
-	for (int k = 0; k < TILE / 16; k++) {
+	for (int k = 0; k < LONG / UNIT; k++) {
+		if (k == units)
+			break;
 		uint32_t b0 = *(const uint32_t *)&m->weight[g][k * 16 + t * 2],
 			 b1 = *(const uint32_t *)&m->weight[g][k * 16 + t * 2 + 8];
 
@@ -421,22 +453,24 @@ __device__ __forceinline__ void attend_run(cluster_smem *m, const kk_mla_decode_
 	float largest = -CUDART_INF_F, total = 0.0f;
 
 #pragma unroll 1
-	for (int tile = r.from; tile < r.to; tile++) {
-		if (tile > r.from)
-			fetch_tile(m, a, r, tile, false);
+	for (int first = r.from; first < r.to; first += LONG) {
+		int units = units_of(r, first), last = r.last - first;
+
+		if (first > r.from)
+			fetch_tile(m, a, r, first, false);
 		if (!a.kv_a) {
-			fetch_tile(m, a, r, tile, true);
-		} else if (r.last / TILE == tile && (int)threadIdx.x < WIDTH / 8) {
-			((uint4 *)m->tile[r.last % TILE])[threadIdx.x] =
+			fetch_tile(m, a, r, first, true);
+		} else if (last >= 0 && last < units * UNIT && (int)threadIdx.x < WIDTH / 8) {
+			((uint4 *)m->tile[last])[threadIdx.x] =
 				((const uint4 *)m->fresh)[threadIdx.x];
 		}
 		ptx_copy_wait_all();
 		__syncthreads(); /* the tile is there */
-		score_tile(m, warp, lane);
+		score_tile(m, units, warp, lane);
 		__syncthreads(); /* the scores are written */
-		weigh_tile(m, r, tile, a.scale * MLA_LOG2E, largest, total, warp, lane);
+		weigh_tile(m, r, first, a.scale * MLA_LOG2E, largest, total, warp, lane);
 		__syncthreads(); /* the weights are written */
-		add_tile(sum, m, warp, lane);
+		add_tile(sum, m, units, warp, lane);
 		__syncthreads(); /* the tile has been read */
 	}
 	if (lane == 0) {
@@ -475,16 +509,16 @@ __global__ void __launch_bounds__(THREADS, 1) decode_cluster(kk_mla_decode_args 
 	}
 	ptx_cluster_arrive();
 	load_w_kc(w, a, r, warp, lane);
-	r.context = max(a.kv_len[r.seq], 0);
-	r.last = r.context - 1;
-	int each = tiles_of_run(r.context, BLOCKS);
+	int context = max(a.kv_len[r.seq], 0);
+	int each = (context + BLOCKS * UNIT - 1) / (BLOCKS * UNIT) * UNIT;
+	r.last = context - 1;
 	r.from = r.rank * each;
-	r.to = min(r.from + each, (r.context + TILE - 1) / TILE);
+	r.to = min(r.from + each, context);
 	if (r.from < r.to)
 		fetch_tile(m, a, r, r.from, false);
 	ptx_wait_predecessor();
 	load_query(m, a, r, warp, lane);
-	if (a.kv_a && r.last >= r.from * TILE && r.last < r.to * TILE && warp == WARPS - 1)
+	if (a.kv_a && r.last >= r.from && r.last < r.to && warp == WARPS - 1)
 		make_row(m, a, r, lane);
 	__syncthreads(); /* the query, and this step's row, are written */
 	absorb_and_send(m, w, r, warp, lane);
