@@ -30,6 +30,7 @@ enum {
 struct stream_smem {
 	uint64_t full[MAX_STAGES], empty[MAX_STAGES], x_full[MAX_X_STAGES], x_empty[MAX_X_STAGES];
 	int rows[MAX_X_STAGES];                /* places of the tile in this stage */
+	int2 item[MAX_X_STAGES];               /* tile of places, tile of rows */
 	int places[MAX_X_STAGES][MAX_TILE];    /* which */
 	__align__(16) int ids[INSIDE_PLACES];  /* -1: adds nothing; this and what follows is read by fours */
 	int order[INSIDE_PLACES];              /* places by tile */
@@ -53,7 +54,15 @@ struct stream_work {
 	uint32_t stage_bytes, x_stage_bytes;
 	int stages, x_stages, x_rows;
 	int group_shift;                /* log2(group / 32) */
+	int down_few, down_odd;         /* decode form: down items of a block; blocks that have one more */
+	float per_block, per_odd, per_most; /* inverses: of the blocks, of down_odd, of a tile's most places */
 };
+
+/* n / by, from 1 / by, for n up to 2^20: some 100 cycles sooner. */
+__device__ __forceinline__ int small_quotient(int n, float inverse)
+{
+	return (int)(((float)n + 0.5f) * inverse);
+}
 
 /* The weights, [expert][row block][record][8 bytes]; a box is a stage. */
 struct stream_maps {
@@ -193,11 +202,11 @@ __device__ inline void sort_inside(const kk_moe_args &a, stream_smem *s, int mos
 }
 
 /* Up to 32 places: one warp sorts them, for a barrier that the caller has. */
-__device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int most)
+__device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int most, float per_most)
 {
 	int lane = threadIdx.x % 32, places = a.tokens * a.top_k, e = -1, packed, sum;
 	unsigned same, below = (1u << lane) - 1;
-	int count, before, lead, tile, at;
+	int count, before, lead, tile, at, row;
 
 	if (lane < places) {
 		float weight = __ldcg(a.weights + lane);
@@ -209,7 +218,7 @@ __device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int mo
 	}
 	same = __match_any_sync(0xffffffffu, e);
 	count = __popc(same), before = __popc(same & below), lead = __ffs(same) - 1;
-	packed = e >= 0 && before == 0 ? (count + most - 1) / most << 16 | count : 0;
+	packed = e >= 0 && before == 0 ? small_quotient(count + most - 1, per_most) << 16 | count : 0;
 	sum = packed;
 #pragma unroll
 	for (int i = 1; i < 32; i *= 2) {
@@ -219,13 +228,14 @@ __device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int mo
 	}
 	at = __shfl_sync(0xffffffffu, sum - packed, lead);
 	sum = __shfl_sync(0xffffffffu, sum, 31);
-	tile = (at >> 16) + before / most;
+	row = before - small_quotient(before, per_most) * most;
+	tile = (at >> 16) + small_quotient(before, per_most);
 	at = (at & 0xffff) + before;
 	if (lane < places)
 		s->position[lane] = e >= 0 ? at : -1;
 	if (e >= 0) {
 		s->order[at] = lane;
-		if (before % most == 0) {
+		if (row == 0) {
 			s->tile_expert[tile] = e;
 			s->tile_first[tile] = at;
 			s->tile_rows[tile] = min(most, count - before);
@@ -238,16 +248,30 @@ __device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int mo
 /* ---- Items. ---- */
 
 struct item {
-	int tile, rows; /* the tile of places, and of rows */
+	int tile, rows;  /* the tile of places, and of rows */
+	int first, tiles; /* of the tiles of places that pass over the rows together */
 };
 
 /* group_m tiles of places pass over the rows together. */
 __device__ __forceinline__ item find_item(int i, int tiles, int row_tiles, int group_m)
 {
 	int group = i / (group_m * row_tiles), first = group * group_m, r = i - group * group_m * row_tiles;
-	int n = min(group_m, tiles - first);
+	int n = max(1, min(group_m, tiles - first)); /* no tiles, no item: nobody asks further */
 
-	return {first + r % n, r / n};
+	return {first + r % n, r / n, first, n};
+}
+
+/* The one after it, without its divisions. */
+__device__ __forceinline__ void next_item(item &it, int tiles, int row_tiles, int group_m)
+{
+	if (++it.tile < it.first + it.tiles)
+		return;
+	it.tile = it.first;
+	if (++it.rows < row_tiles)
+		return;
+	it.rows = 0;
+	it.tile = it.first += it.tiles;
+	it.tiles = min(group_m, tiles - it.first);
 }
 
 __device__ __forceinline__ int expert_of(const kk_moe_args &a, const stream_smem *s, int tile)
@@ -267,10 +291,10 @@ __device__ __forceinline__ int part_of(int items, int block)
  */
 __device__ __forceinline__ void divide_direct(stream_work &w, int block)
 {
-	int grid = gridDim.x, few = w.down_items / grid, odd = w.down_items - few * grid, even = grid - odd;
-	int most = (w.up_items + grid - 1) / grid, left = w.up_items - even * most;
-	int least = odd && left > 0 ? (left + odd - 1) / odd : 0;
-	int odd_before = w.down_lo - block * few, odd_after = w.down_hi - (block + 1) * few;
+	int grid = gridDim.x, even = grid - w.down_odd;
+	int most = small_quotient(w.up_items + grid - 1, w.per_block), left = w.up_items - even * most;
+	int least = w.down_odd && left > 0 ? small_quotient(left + w.down_odd - 1, w.per_odd) : 0;
+	int odd_before = w.down_lo - block * w.down_few, odd_after = w.down_hi - (block + 1) * w.down_few;
 
 	w.up_lo = min(odd_before * least + (block - odd_before) * most, w.up_items);
 	w.up_hi = min(odd_after * least + (block + 1 - odd_after) * most, w.up_items);
@@ -297,22 +321,38 @@ __device__ __forceinline__ void divide_down(stream_work &w, int block, int up, i
 	                    : down_border(share, block + 1, (double)up * w.up_hi, down);
 }
 
+/* What of the division needs no routing, so that it does not wait for it. */
+template <typename L>
+__device__ __forceinline__ void begin_division(const kk_moe_args &a, stream_work &w)
+{
+	w.per_most = ptx_rcp((float)min(a.tokens, L::T));
+	if (!a.direct)
+		return;
+	w.down_items = a.hidden / 16;
+	w.down_lo = part_of(w.down_items, blockIdx.x);
+	w.down_hi = part_of(w.down_items, blockIdx.x + 1);
+	w.down_few = w.down_items / gridDim.x;
+	w.down_odd = w.down_items - w.down_few * gridDim.x;
+	w.per_block = ptx_rcp((float)gridDim.x);
+	w.per_odd = ptx_rcp((float)w.down_odd);
+}
+
 template <typename L>
 __device__ __forceinline__ void divide(const kk_moe_args &a, stream_work &w)
 {
 	int block = blockIdx.x;
 
 	w.up_items = w.tiles * (2 * a.intermediate / L::ROWS);
-	w.down_items = a.direct ? a.hidden / 16 : w.tiles * (a.hidden / L::DOWN_ROWS);
-	w.down_lo = part_of(w.down_items, block);
-	w.down_hi = part_of(w.down_items, block + 1);
 	if (a.direct) {
 		divide_direct(w, block);
-	} else {
-		w.up_lo = part_of(w.up_items, block);
-		w.up_hi = part_of(w.up_items, block + 1);
-		divide_down(w, block, L::ROWS / 16 * w.up_records, L::DOWN_ROWS / 16 * w.down_records);
+		return;
 	}
+	w.down_items = w.tiles * (a.hidden / L::DOWN_ROWS);
+	w.down_lo = part_of(w.down_items, block);
+	w.down_hi = part_of(w.down_items, block + 1);
+	w.up_lo = part_of(w.up_items, block);
+	w.up_hi = part_of(w.up_items, block + 1);
+	divide_down(w, block, L::ROWS / 16 * w.up_records, L::DOWN_ROWS / 16 * w.down_records);
 }
 
 /* ---- The warp that fetches weights. ---- */
@@ -373,16 +413,18 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 	constexpr int UP_PIECES = L::ROWS / 16, DOWN_PIECES = L::DOWN_ROWS / 16;
 	uint32_t rec = w.record_bytes;
 
-	for (int i = w.up_lo; i < w.up_hi; i++) {
-		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
+	item it = find_item(w.up_lo, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
+
+	for (int i = w.up_lo; i < w.up_hi; i++, next_item(it, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m)) {
 		int expert = cached_expert(a, s, f, it.tile);
 
 		for (int c = 0; c < w.up_records; c += L::PER)
 			fetch_box(w, s, f, &maps.gate_up, UP_PIECES * L::PER, c, it.rows * UP_PIECES, expert);
 	}
 	if (!a.direct) {
-		for (int i = w.down_lo; i < w.down_hi; i++) {
-			item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
+		item it = find_item(w.down_lo, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
+
+		for (int i = w.down_lo; i < w.down_hi; i++, next_item(it, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m)) {
 			int expert = cached_expert(a, s, f, it.tile);
 
 			for (int c = 0; c < w.down_records; c += L::REC)
@@ -442,7 +484,7 @@ __device__ __forceinline__ own_places<L> find_places(const kk_moe_args &a, const
 /* One stage: `bytes` of each row, from `from` + index * row_bytes + at. */
 template <typename L, bool TOKENS>
 __device__ __forceinline__ void fetch_rows(const kk_moe_args &a, const stream_work &w, stream_smem *s, ring &r,
-                                           const own_places<L> &own, const char *from, size_t row_bytes,
+                                           const own_places<L> &own, const item &it, const char *from, size_t row_bytes,
                                            uint32_t bytes, uint32_t pitch)
 {
 	int lane = threadIdx.x % 32, all = a.tokens * a.top_k;
@@ -454,7 +496,7 @@ __device__ __forceinline__ void fetch_rows(const kk_moe_args &a, const stream_wo
 		if (lane + 32 * i < L::T)
 			s->places[r.at][lane + 32 * i] = own.place[i];
 	if (lane == 0)
-		s->rows[r.at] = own.count;
+		s->rows[r.at] = own.count, s->item[r.at] = make_int2(it.tile, it.rows);
 	__syncwarp(); /* lane 0's arrival publishes what the warp wrote */
 	if (lane == 0)
 		ptx_mbarrier_expect(full, own.count * bytes);
@@ -527,22 +569,24 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 	own_places<L> own;
 	int tile = -1;
 
-	for (int i = w.up_lo; i < w.up_hi; i++) {
-		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
+	item it = find_item(w.up_lo, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
+
+	for (int i = w.up_lo; i < w.up_hi; i++, next_item(it, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m)) {
 
 		if (it.tile != tile)
 			own = find_places<L>(a, s, it.tile);
 		tile = it.tile;
 		for (int c = 0; c < w.up_records; c += L::PER)
-			fetch_rows<L, true>(a, w, s, r, own, (const char *)a.x + (size_t)c * RECORD_COLS * 2,
+			fetch_rows<L, true>(a, w, s, r, own, it, (const char *)a.x + (size_t)c * RECORD_COLS * 2,
 			                    (size_t)a.hidden * 2, min(L::PER, w.up_records - c) * RECORD_COLS * 2,
 			                    L::UP_PITCH);
 	}
 	if (a.direct)
 		return;
 	tile = -1;
-	for (int i = w.down_lo; i < w.down_hi; i++) {
-		item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
+	it = find_item(w.down_lo, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
+
+	for (int i = w.down_lo; i < w.down_hi; i++, next_item(it, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m)) {
 
 		if (it.tile != tile) {
 			own = find_places<L>(a, s, it.tile);
@@ -551,7 +595,7 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 		}
 		tile = it.tile;
 		for (int c = 0; c < w.down_records; c += L::REC)
-			fetch_rows<L, false>(a, w, s, r, own, (const char *)a.act + (size_t)c * RECORD_COLS * 2,
+			fetch_rows<L, false>(a, w, s, r, own, it, (const char *)a.act + (size_t)c * RECORD_COLS * 2,
 			                     (size_t)a.intermediate * 2,
 			                     min(L::REC, w.down_records - c) * RECORD_COLS * 2,
 			                     L::DOWN_PITCH);
@@ -882,8 +926,8 @@ __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_w
 
 	ptx_hold(first);
 	for (int i = w.up_lo; i < w.up_hi; i++) {
-		item it = find_item(i, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
 		tile_sums<L> sum;
+		int tile = 0;
 
 		clear<L>(sum);
 		for (int c = 0; c < w.up_records; c += L::PER) {
@@ -902,13 +946,14 @@ __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_w
 				join<L>(sum, sums, warp_row, warp_column);
 				if (warp_column == 0)
 					store_act<L>(a, sum, s->places[q.x.at], s->rows[q.x.at],
-					             (it.rows * L::WR + warp_row) * L::RB * 8);
+					             (s->item[q.x.at].y * L::WR + warp_row) * L::RB * 8);
+				tile = s->item[q.x.at].x;
 			}
 			give_stage(s->x_empty, q.x.at);
 			q.x.next();
 		}
 		if (warp_column == 0)
-			finish_part(a, it.tile);
+			finish_part(a, tile);
 	}
 }
 
@@ -921,7 +966,6 @@ __device__ __forceinline__ void multiply_down(const kk_moe_args &a, const stream
 
 	ptx_hold(first);
 	for (int i = w.down_lo; i < w.down_hi; i++) {
-		item it = find_item(i, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
 		tile_sums<L> sum;
 
 		clear<L>(sum);
@@ -938,7 +982,7 @@ __device__ __forceinline__ void multiply_down(const kk_moe_args &a, const stream
 			q.w.next();
 			if (c + L::REC >= w.down_records)
 				store_part<L>(a, sum, s->places[q.x.at], s->rows[q.x.at],
-				              it.rows * L::DOWN_ROWS + warp * L::RB * 16);
+				              s->item[q.x.at].y * L::DOWN_ROWS + warp * L::RB * 16);
 			give_stage(s->x_empty, q.x.at);
 			q.x.next();
 		}
@@ -985,25 +1029,25 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 {
 	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 	int places = a.tokens * a.top_k, blocks = w.down_hi - w.down_lo, units = blocks * w.tiles;
+	int tile = w.tiles ? warp % w.tiles : 0, block = w.tiles ? warp / w.tiles : 0;
 	uint32_t rec = w.record_bytes, pitch = a.intermediate * 2 + PAD;
 
 	load_act<L>(a, s, base + w.stages * w.stage_bytes);
 	for (int u = 0; u < units; u += L::W) {
 		bool mine = u + warp < units;
-		int tile = (u + warp) % w.tiles, block = (u + warp) / w.tiles;
 		int at = mine ? s->tile_first[tile] : 0, rows = mine ? s->tile_rows[tile] : 1;
 		x_rows<L> own = lane_rows<L>(rows, pitch);
 		tile_sums<L> sum;
 
 		clear<L>(sum);
 		for (int c = 0; c < w.down_records; c += L::REC) {
-			int n = min(L::REC, w.down_records - c);
+			int n = mine ? min(L::REC, w.down_records - c) : 0;
 			uint32_t stage = w.stage0 + q.w.at * w.stage_bytes + warp * L::REC * rec;
+			uint32_t x = w.x0 + at * pitch + c * RECORD_COLS * 2;
 
 			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
-			for (int k = 0; k < n && mine; k++)
-				multiply_record<L>(sum, p, stage + k * rec, 0,
-				                   w.x0 + at * pitch + (c + k) * RECORD_COLS * 2, own, rows);
+			for (int k = 0; k < n; k++)
+				multiply_record<L>(sum, p, stage + k * rec, 0, x + k * RECORD_COLS * 2, own, rows);
 			give_stage(s->empty, q.w.at);
 			q.w.next();
 		}
@@ -1013,6 +1057,8 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 				if (2 * t + v % 2 < rows)
 					sums[(block * places + at + 2 * t + v % 2) * 17 + g + v / 2 * 8] =
 						(v < 2 ? L::UNIT : L::UNIT_8) * sum[0][0][v];
+		for (tile += L::W; tile >= w.tiles && w.tiles; tile -= w.tiles)
+			block++;
 	}
 	ptx_barrier_some(BAR_ALL, 32 * L::W); /* every place's rows are here */
 	for (int o = threadIdx.x; o < blocks * a.tokens * 16; o += 32 * L::W) {
@@ -1088,7 +1134,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	stream_smem *s = (stream_smem *)smem;
 	float *sums = (float *)(smem + 12 * 1024);
 	char *base = smem + 12 * 1024 + a.sums_bytes;
-	int warp = threadIdx.x / 32, round_up, round_down;
+	int warp = threadIdx.x / 32, most = min(a.tokens, L::T), round_up, round_down;
 	stream_work w;
 
 	w.group_shift = a.group == 32 ? 0 : a.group == 64 ? 1 : 2;
@@ -1115,16 +1161,17 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		}
 		ptx_mbarrier_init_done();
 	}
+	begin_division<L>(a, w);
 	ptx_release_successor();
 	ptx_wait_predecessor();
 	round_up = round_of(a.sync);
 	round_down = round_of(a.sync + SYNC_STRIDE);
 	if (a.inside) {
 		if (a.tokens * a.top_k > WARP_PLACES) {
-			sort_inside(a, s, min(a.tokens, L::T));
+			sort_inside(a, s, most);
 		} else {
 			if (warp == 0)
-				sort_by_warp(a, s, min(a.tokens, L::T));
+				sort_by_warp(a, s, most, w.per_most);
 			__syncthreads(); /* the tiles are known to all; the block's barriers are ready */
 		}
 		w.tiles = s->tiles;
