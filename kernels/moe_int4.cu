@@ -4,32 +4,37 @@
  * ROOFLINE
  *   Bytes: each expert that any token names is read once, 3 H I (1/2 + 2/G) = 0.5625 * 3 H I at groups
  *   of 32; Kimi K2.5 at TP8 (H = 7168, I = 256): 3.1 MB an expert, 24.8 MB and 8.0 us for one token at
- *   H100's 3.10 TB/s (5.2 at H200's 4.8); 60 experts and 60 us at 8 tokens, all 384 and 384 us from 256
+ *   H100's 3.10 TB/s (5.5 at the 4.5 that an H200 reads); 60 experts and 60 us at 8 tokens, all 384 and 384 us from 256
  *   tokens on. Flops: 6 M top_k H I; bound by memory up to some 3,400 tokens (moe_prefill.cu).
  *   Between the bytes: the ids must be read before the first weight can be asked for, and all of an
  *   expert's silu(gate) * up must be there before its down projection begins: two trips through L2 and
  *   a barrier of the whole grid. The weights of the down projection do not wait for it.
  *
- * LADDER (us, TP8, 384 experts, top 8; 1 / 8 / 64 / 1,024 / 4,096 tokens)
+ * LADDER (us, TP8, 384 experts, top 8)
  *   general  moe_general.cu: a warp a row, CUDA cores; any weights, any shape
- *   grouped  below; a tile of places of one expert, 8 to 64: 147 / 242 / 344 / 437 at 16 / 32 / 64 / 128;
- *            TP1 159 / 300 / 545 / 992 / 1,670 / 2,478 / 3,128 from 2 to 128 (floor 126 to 2,862)
- *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places: 19.4 /
- *            27.7 / 44.3 / 79.6 at 1 / 2 / 4 / 8 (floor 8 / 16 / 31 / 60); TP1 76.4 at 1. TRIED 35, 36.
+ *   grouped  below; a tile of places of one expert, 8 to 64. H200 at 16 / 32 / 64 / 128 tokens: 101 / 170 / 239 /
+ *            304 (floor at 4.5 TB/s 76 / 131 / 196 / 247), TP1 from 2 to 128: 104 / 200 / 375 / 660 / 1,230 / 1,760 /
+ *            2,250 (87 / 170 / 328 / 607 / 1,043 / 1,562 / 1,971). H100, before 40 and 41 of TRIED: 147 / 242 / 344 /
+ *            437; TP1 159 / 300 / 545 / 992 / 1,670 / 2,478 / 3,128 (floor at 3.1 TB/s 126 to 2,862)
+ *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places. H200 at 1 / 2 /
+ *            4 / 8: 16.1 / 22.6 / 36.4 / 60 (floor 5.5 / 11 / 21 / 41); TP1 58 at 1. H100, before 40 and 41:
+ *            19.4 / 27.7 / 44.3 / 79.6; TP1 76.4. TRIED 35, 36.
  *   prefill  moe_prefill.cu: warp-group matrix instructions, from 256 tokens: 510 there, 520 at 512, 587,
  *            730 at 2,048, 1,063; TP1 3,552 / 3,624 / 4,018 / 4,598 / 6,603. TRIED 26, 29-34.
  *   The figures are in configs/bench/moe-tp*-h100.json, beside the best rivals'; TRIED has what is not here.
  *
  * HOW
  *   One block a multiprocessor; a warp fetches weights, a warp fetches activations, 8 or 16 multiply.
- *   Weights come as whole records through a ring in shared memory, in the order in which this block
- *   will need them, gate-and-up first, then down: the ring does not know of the barrier between them,
- *   so while the grid gathers there, memory works on. Weights are operand A of mma.m16n8k16 (a lane's
- *   words are its operands; no shuffle), the tile's tokens the eight columns of B. A code becomes bf16 by
- *   a mask and a subtraction, exactly; the scales multiply f32 sums of 32 columns, so no weight is ever
- *   rounded. (At eight tokens the subtraction is a matrix product too, shared by the rows.)
+ *   Weights come as whole records through a ring in shared memory, a stage as one box of a tensor map, in
+ *   the order in which this block will need them, gate-and-up first, then down: the ring does not know of
+ *   the barrier between them, so while the grid gathers there, memory works on. Weights are operand A of
+ *   mma.m16n8k16 (a lane's words are its operands; no shuffle), the tile's tokens the eight columns of B. A
+ *   code becomes bf16 exactly, by a mask and a multiply-add, or at eight tokens by a mask alone: a subnormal
+ *   number, its bias taken away by a matrix product that the rows share, the activations times 2^64. The
+ *   scales multiply f32 sums of 32 columns, so no weight is ever rounded.
  *
  * RULES
+ *   Activations up to 2^62 in size: beyond, 2^64 times them is no longer a bf16, and the results are infinite.
  *   Ids are checked where they are sorted (sort_inside, kk_align). Order of sums: the columns of a warp,
  *   in order; then the warps that share the rows, in order; then a token's places, in the order of k.
  *   It depends on the tile, never on who runs when: which block has which item is arithmetic.

@@ -197,6 +197,14 @@ static int choose_block_m(const km_moe_problem *p, bool prefill)
 	return most <= 9 ? 8 : most <= 17 ? 16 : most <= 34 ? 32 : 64;
 }
 
+/* Tiles for each multiprocessor from which larger ones are as good. A box of weights costs the same to ask
+ * for whatever its rows are, and down items make up for what gate-and-up items leave uneven; with more than
+ * eight places it is the H100's measurement of pieces, not of boxes. */
+static double enough_tiles(const struct shape *s)
+{
+	return s->block_m == 8 ? 0.75 : 11.0;
+}
+
 static const struct shape *choose_among(const km_moe_problem *p, const km_moe_device *d, bool prefill)
 {
 	int block_m = choose_block_m(p, prefill);
@@ -208,7 +216,7 @@ static const struct shape *choose_among(const km_moe_problem *p, const km_moe_de
 
 		if (!shape_fits(s, p, d) || s->block_m > block_m || is_prefill(s) != prefill)
 			continue;
-		if (!best || s->block_m > best->block_m || tiles >= 11.0 * d->multiprocessors)
+		if (!best || s->block_m > best->block_m || tiles >= enough_tiles(s) * d->multiprocessors)
 			best = s;
 	}
 	return best;
