@@ -119,7 +119,7 @@ typedef struct kk_linear_slab_args {
 	int a_stride;
 	float eps;
 	void *x_out; /* bf16 [tokens, cols], the x that was made; NULL: not wanted */
-	enum km_turn turn;
+	enum km_turn turn; /* AFTER or HOLDS */
 	kk_ahead ahead[KK_AHEAD]; /* brought to L2 when all of this launch's weights are asked for */
 	int multiprocessors;
 	/* Other than the launcher's choice, for measuring; 0: its choice. Most rows of a slab, warps

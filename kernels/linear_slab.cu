@@ -440,7 +440,6 @@ __global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linea
 	}
 	make_x<FORM>(r, smem, thread);
 	multiply_slabs<GROUPS>(r, smem, address, thread);
-	turn_end(r.a.turn);
 }
 
 static int x_pitch_of(int cols)
@@ -557,7 +556,7 @@ cudaError_t kk_linear_slab(const kk_linear_slab_args *a, cudaStream_t stream)
 
 	if (a->rows < 0 || a->rows > MOST_GROUPS * 16 || a->fetchers < 0 || a->fetchers > MOST_FETCHERS)
 		return cudaErrorInvalidValue;
-	if (l->weights < 1 || l->weights > KK_LINEAR_WEIGHTS || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
+	if (a->turn == KM_TURN_BESIDE || l->weights < 1 || l->weights > KK_LINEAR_WEIGHTS || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
 	    (a->from == KK_X_GIVEN && l->x_stride % 8) || a->multiprocessors < 1)
 		return cudaErrorInvalidValue;
 	for (int i = 0; i < l->weights; i++)

@@ -355,7 +355,6 @@ static cudaError_t run_down(const layer *l, enum km_turn turn)
 }
 OP(slab_down) { return run_down(l, KM_TURN_AFTER); }
 OP(slab_down_holds) { return run_down(l, KM_TURN_HOLDS); }
-OP(slab_down_beside) { return run_down(l, KM_TURN_BESIDE); }
 OP(router)
 {
 	kk_router_args a = { .x = normed, .w = l->router.data, .logits = scores, .tokens = tokens,
@@ -373,7 +372,6 @@ static cudaError_t run_gate(enum km_turn turn)
 	return kk_gate_onepass(&a, 1, tokens, gpu->stream);
 }
 OP(gate) { (void)l; return run_gate(KM_TURN_AFTER); }
-OP(gate_holds) { (void)l; return run_gate(KM_TURN_HOLDS); }
 OP(gate_beside) { (void)l; return run_gate(KM_TURN_BESIDE); }
 OP(head)
 {
@@ -462,15 +460,6 @@ static const op gate_beside[] = {
 	{ 0 },
 };
 
-static const op down_beside[] = {
-	ATTENTION,
-	{ "o, add", op_slab_o, 14.7 },
-	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
-	{ "gate of experts", op_gate_holds, 0 },
-	{ "silu, down, add", op_slab_down_beside, 3.7 },
-	{ 0 },
-};
-
 static const op ahead[] = {
 	ATTENTION,
 	{ "o, add, L2 ahead", op_slab_o_ahead, 14.7 },
@@ -518,7 +507,7 @@ static double time_ops(const op *ops, int from, int to)
 /* Beside its predecessor, and so never alone. */
 static bool is_beside(const op *o)
 {
-	return o->run == op_gate_beside || o->run == op_slab_down_beside;
+	return o->run == op_gate_beside;
 }
 
 static double show(const char *what, const op *ops)
@@ -650,17 +639,16 @@ int main(int argc, char **argv)
 	show("fused", fused);
 	show("cluster", cluster);
 	for (int fetchers = 1; fetchers <= 2; fetchers++) {
-		double us[5];
+		double us[4];
 
 		now.fetchers = fetchers;
 		us[0] = show("router apart", apart);
 		us[1] = show("router joined", joined);
 		us[2] = show("router joined, gate beside down", gate_beside);
-		us[3] = show("router joined, down beside gate", down_beside);
-		us[4] = show("router joined, gate beside down, L2 ahead", ahead);
+		us[3] = show("router joined, gate beside down, L2 ahead", ahead);
 		printf("best: chain, fetchers %d: router apart %.2f us, joined %.2f, gate beside down "
-		       "%.2f, down beside gate %.2f, L2 ahead %.2f\n",
-		       fetchers, us[0], us[1], us[2], us[3], us[4]);
+		       "%.2f, L2 ahead %.2f\n",
+		       fetchers, us[0], us[1], us[2], us[3]);
 	}
 	now = (cut){ 0 };
 	show_cuts();

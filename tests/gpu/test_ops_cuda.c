@@ -441,9 +441,9 @@ static void weights_over_one_x_are_each_ones(void **state)
 /* ---- side by side ---- */
 
 /*
- * Gate, up and router of a norm, then down beside the gate, in either order of the two. STEPS times
- * with other values each time and one set of buffers in between: whoever reads too early, or is
- * not waited for, leaves what another step would.
+ * Gate, up and router of a norm, then down and beside it the gate. STEPS times with other values each
+ * time and one set of buffers in between: whoever reads too early, or is not waited for, leaves what
+ * another step would.
  */
 enum { STEPS = 40, SIDE_EXPERTS = 384, SIDE_TOP_K = 8 };
 
@@ -517,10 +517,8 @@ static void side_down(const side *s, enum km_turn turn)
 }
 
 /* One step; the results to out: the stream, ids, weights of each. */
-static void side_step(side *s, int i, bool gate_first, bool beside, char *const out[3])
+static void side_step(side *s, int i, bool beside, char *const out[3])
 {
-	enum km_turn first = beside ? KM_TURN_HOLDS : KM_TURN_AFTER,
-		     second = beside ? KM_TURN_BESIDE : KM_TURN_AFTER;
 	int stream_bytes = s->tokens * s->hidden * 4, ids_bytes = s->tokens * SIDE_TOP_K * 4;
 	km_cuda_linear wide = { .w = { &s->w[0], &s->w[1], &s->w[2] },
 		                .y = { s->wide[0], s->wide[1], s->wide[2] }, .weights = 3,
@@ -529,11 +527,8 @@ static void side_step(side *s, int i, bool gate_first, bool beside, char *const 
 
 	must(km_cuda_ops_gather(gpu, s->row + i, 1, s->in, s->stream, stream_bytes, &err));
 	must(km_cuda_ops_linear(gpu, &with_slab, &wide, &err));
-	if (gate_first)
-		side_gate(s, first);
-	side_down(s, gate_first ? second : first);
-	if (!gate_first)
-		side_gate(s, second);
+	side_down(s, beside ? KM_TURN_HOLDS : KM_TURN_AFTER);
+	side_gate(s, beside ? KM_TURN_BESIDE : KM_TURN_AFTER);
 	must(km_cuda_ops_gather(gpu, s->row, 1, s->stream, out[0] + (size_t)i * (size_t)stream_bytes,
 	                        stream_bytes, &err));
 	must(km_cuda_ops_gather(gpu, s->row, 1, s->ids, out[1] + (size_t)i * (size_t)ids_bytes,
@@ -543,7 +538,7 @@ static void side_step(side *s, int i, bool gate_first, bool beside, char *const 
 }
 
 /* All steps, replayed from a graph: what they leave, owned. */
-static void side_run(side *s, bool gate_first, bool beside, const size_t bytes[3], char *got[3])
+static void side_run(side *s, bool beside, const size_t bytes[3], char *got[3])
 {
 	size_t mark = km_cuda_mark(gpu);
 	char *out[3];
@@ -551,10 +546,10 @@ static void side_run(side *s, bool gate_first, bool beside, const size_t bytes[3
 
 	for (int k = 0; k < 3; k++)
 		out[k] = take(bytes[k]);
-	side_step(s, 0, gate_first, beside, out);
+	side_step(s, 0, beside, out);
 	must(km_cuda_capture_begin(gpu, &err));
 	for (int i = 0; i < STEPS; i++)
-		side_step(s, i, gate_first, beside, out);
+		side_step(s, i, beside, out);
 	must(km_cuda_capture_end(gpu, &graph, &err));
 	for (int i = 0; i < 3; i++) {
 		for (int k = 0; k < 3; k++)
@@ -579,17 +574,14 @@ static void launches_side_by_side_see_the_same(void **state)
 		ids = (size_t)(STEPS * tokens * SIDE_TOP_K) * 4;
 		bytes[0] = (size_t)(STEPS * tokens * s.hidden) * 4;
 		bytes[1] = bytes[2] = ids;
-		side_run(&s, false, false, bytes, want);
+		side_run(&s, false, bytes, want);
 		assert_memory_not_equal(want[1], want[1] + ids / STEPS, ids / STEPS);
-		for (int gate_first = 0; gate_first < 2; gate_first++) {
-			side_run(&s, gate_first, true, bytes, got);
-			for (int k = 0; k < 3; k++) {
-				assert_memory_equal(got[k], want[k], bytes[k]);
-				free(got[k]);
-			}
-		}
-		for (int k = 0; k < 3; k++)
+		side_run(&s, true, bytes, got);
+		for (int k = 0; k < 3; k++) {
+			assert_memory_equal(got[k], want[k], bytes[k]);
+			free(got[k]);
 			free(want[k]);
+		}
 		for (int i = 0; i < 4; i++)
 			op_case_weight_release(&s.host[i]);
 		km_cuda_rewind(gpu, mark);
