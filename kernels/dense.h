@@ -103,14 +103,6 @@ cudaError_t kk_linear_general(const kk_linear_args *args, cudaStream_t stream);
  */
 enum kk_x_from { KK_X_GIVEN, KK_X_NORM, KK_X_SILU };
 
-/* Memory that no launch under way writes, a multiple of 16 bytes. */
-enum { KK_AHEAD = 4 };
-
-typedef struct kk_ahead {
-	const void *from; /* NULL: none, and none behind it */
-	int bytes;
-} kk_ahead;
-
 typedef struct kk_linear_slab_args {
 	kk_linear_args linear; /* x only when it is given */
 	enum kk_x_from from;
@@ -120,11 +112,9 @@ typedef struct kk_linear_slab_args {
 	float eps;
 	void *x_out; /* bf16 [tokens, cols], the x that was made; NULL: not wanted */
 	enum km_turn turn; /* AFTER or HOLDS */
-	kk_ahead ahead[KK_AHEAD]; /* brought to L2 when all of this launch's weights are asked for */
 	int multiprocessors;
-	/* Other than the launcher's choice, for measuring; 0: its choice. Most rows of a slab, warps
-	 * that fetch. */
-	int blocks_per_sm, stage_bytes, smem_bytes, rows, fetchers;
+	/* Other than the launcher's choice, for measuring; 0: its choice. Most rows of a slab. */
+	int blocks_per_sm, stage_bytes, smem_bytes, rows;
 } kk_linear_slab_args;
 
 bool kk_linear_slab_fits(const km_weight *w, int tokens, enum kk_x_from from);

@@ -19,8 +19,8 @@
  *                    mla_cluster.cu 3. What is missing: from launch to launch 1 us, and in each the
  *                    chain of x, its norm, products and sums, 1 to 2.
  *
- * A block has a slab of consecutive rows, which one warp, or two, ask the copy engine for as soon as the
- * block begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier
+ * A block has a slab of consecutive rows, which one warp asks the copy engine for as soon as the block
+ * begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier
  * kernels still work, as far as shared memory goes. Eight warps wait for the predecessor, put x into
  * shared memory, and multiply on tensor cores as the stages come in. A block has one slab or several in
  * turn; a slab is cut into stages of whole steps of 512 columns, or is one stage and then one copy.
@@ -39,8 +39,7 @@ enum {
 	STEP = 512,
 	WARPS = 8,
 	CONSUMERS = 32 * WARPS,
-	MOST_FETCHERS = 2,
-	THREADS = CONSUMERS + 32 * MOST_FETCHERS,
+	THREADS = CONSUMERS + 32,
 	MOST_TOKENS = 8,
 	MOST_GROUPS = 2, /* of 16 rows, in a slab */
 	MOST_STAGES = 16,
@@ -51,14 +50,13 @@ enum {
 	PARTS_BYTES = WARPS * 16 * MOST_TOKENS * 4,
 	AT_X = AT_PARTS + 2 * PARTS_BYTES,
 	MOST_BYTES = 226 << 10,
-	AHEAD_BYTES = 8 << 10,
 	NORM_THREADS = 512, /* norm.cu's */
 	ATTENTION_BLOCKS = 16, /* which leave no room beside them: mla_cluster.cu's */
 	NORM_SHORT = 4 * NORM_THREADS,
 	NORM_LONG = 4 * NORM_SHORT,
 };
 
-static_assert(MOST_GROUPS * 16 <= 32, "a lane a row, of each warp that fetches");
+static_assert(MOST_GROUPS * 16 <= 32, "a lane a row");
 
 enum slab_form { FORM_GIVEN, FORM_NORM, FORM_NORM_LONG, FORM_SILU };
 
@@ -67,7 +65,6 @@ struct slab_cut {
 	int rows, slabs, end[KK_LINEAR_WEIGHTS]; /* of a slab; of them, up to each weight's last */
 	int columns, pitch;                      /* of a stage; bytes from row to row */
 	int stages, stage_bytes, x_pitch, at_stages;
-	int fetchers; /* warps that fetch */
 };
 
 struct slab_run {
@@ -119,20 +116,7 @@ __device__ __forceinline__ void fetch_stage(const slab_run &r, const slab &s, co
 		                     policy);
 }
 
-/* This block's share of what a later launch reads. */
-__device__ __forceinline__ void fetch_ahead(const slab_run &r, int thread)
-{
-	int hop = 32 * r.cut.fetchers * (int)gridDim.x;
-
-#pragma unroll 1
-	for (int k = 0; k < KK_AHEAD && r.a.ahead[k].from; k++)
-		for (int i = thread * (int)gridDim.x + (int)blockIdx.x; i * AHEAD_BYTES < r.a.ahead[k].bytes;
-		     i += hop)
-			ptx_prefetch_bulk((const char *)r.a.ahead[k].from + i * AHEAD_BYTES,
-			                  min((int)AHEAD_BYTES, r.a.ahead[k].bytes - i * AHEAD_BYTES));
-}
-
-/* The warps that fetch, a thread for each row of a slab: every stage of every slab of this block, as room
+/* The warp that fetches, a lane for each row of a slab: every stage of every slab of this block, as room
  * comes free. A stage is full only when thread 0 has told its bytes, whichever arrive before. */
 __device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, int thread)
 {
@@ -432,10 +416,7 @@ __global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linea
 	}
 	__syncthreads(); /* the barriers are begun */
 	if (thread >= CONSUMERS) {
-		thread -= CONSUMERS;
-		thread = thread % 32 * r.cut.fetchers + thread / 32;
-		fetch_slabs(r, address, thread);
-		fetch_ahead(r, thread);
+		fetch_slabs(r, address, thread - CONSUMERS);
 		return;
 	}
 	make_x<FORM>(r, smem, thread);
@@ -492,7 +473,6 @@ static void cut_slabs(slab_run *r, int blocks, int room, int stage_bytes)
 	int cols = l->w[0].cols;
 
 	cut_rows(c, l, blocks, most);
-	c->fetchers = r->a.fetchers ? r->a.fetchers : 1;
 	c->columns = stage_bytes / (c->rows * STEP * 2) * STEP;
 	if (c->columns < STEP)
 		c->columns = STEP;
@@ -527,7 +507,7 @@ static cudaError_t launch_slab(const slab_run *r, int blocks, cudaStream_t strea
 	if (rc != cudaSuccess)
 		return rc;
 	config.gridDim = dim3(r->cut.slabs < blocks ? r->cut.slabs : blocks);
-	config.blockDim = dim3(CONSUMERS + 32 * r->cut.fetchers);
+	config.blockDim = dim3(THREADS);
 	config.dynamicSmemBytes = bytes;
 	config.stream = stream;
 	attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -554,9 +534,8 @@ cudaError_t kk_linear_slab(const kk_linear_slab_args *a, cudaStream_t stream)
 	int room = a->smem_bytes ? a->smem_bytes : each == 1 ? room_of_one(x_bytes) : 110 << 10;
 	slab_run r = {*a, {}};
 
-	if (a->rows < 0 || a->rows > MOST_GROUPS * 16 || a->fetchers < 0 || a->fetchers > MOST_FETCHERS)
-		return cudaErrorInvalidValue;
-	if (a->turn == KM_TURN_BESIDE || l->weights < 1 || l->weights > KK_LINEAR_WEIGHTS || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
+	if (a->rows < 0 || a->rows > MOST_GROUPS * 16 || a->turn == KM_TURN_BESIDE || l->weights < 1 ||
+	    l->weights > KK_LINEAR_WEIGHTS || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
 	    (a->from == KK_X_GIVEN && l->x_stride % 8) || a->multiprocessors < 1)
 		return cudaErrorInvalidValue;
 	for (int i = 0; i < l->weights; i++)

@@ -201,9 +201,9 @@ static cudaError_t run_stream(kk_linear_args a, const void *x)
 }
 
 /* How slabs are cut, 0: as the launcher does. Blocks a multiprocessor, most rows of a slab, kB of a
- * stage and of shared memory, warps that fetch. */
+ * stage and of shared memory. */
 typedef struct cut {
-	int blocks, rows, stage, room, fetchers;
+	int blocks, rows, stage, room;
 } cut;
 
 static cut now;
@@ -217,7 +217,6 @@ static cudaError_t run_slab(kk_linear_slab_args a)
 	a.rows = now.rows;
 	a.stage_bytes = now.stage << 10;
 	a.smem_bytes = now.room << 10;
-	a.fetchers = now.fetchers;
 	return kk_linear_slab(&a, gpu->stream);
 }
 
@@ -307,24 +306,12 @@ OP(slab_q_b)
 	a.linear.y_bf16 = true;
 	return run_slab(a);
 }
-static kk_linear_slab_args o_of(const layer *l)
+OP(slab_o)
 {
 	kk_linear_slab_args a = { .linear = linear_of(&l->o, NULL, stream, NULL) };
 
 	a.linear.x = heads_out;
 	a.linear.accumulate = true;
-	return a;
-}
-
-OP(slab_o) { return run_slab(o_of(l)); }
-/* While attention works, the memory has nothing to do. */
-OP(slab_o_ahead)
-{
-	const km_weight *const w[] = { &l->gate, &l->up, &l->router, &l->down };
-	kk_linear_slab_args a = o_of(l);
-
-	for (int i = 0; i < KK_AHEAD; i++)
-		a.ahead[i] = (kk_ahead){ w[i]->data, w[i]->rows * w[i]->cols * 2 };
 	return run_slab(a);
 }
 OP(slab_gate_up)
@@ -460,15 +447,6 @@ static const op gate_beside[] = {
 	{ 0 },
 };
 
-static const op ahead[] = {
-	ATTENTION,
-	{ "o, add, L2 ahead", op_slab_o_ahead, 14.7 },
-	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
-	{ "silu, down, add", op_slab_down_holds, 3.7 },
-	{ "gate of experts", op_gate_beside, 0 },
-	{ 0 },
-};
-
 static int by_size(const void *a, const void *b)
 {
 	double x = *(const double *)a, y = *(const double *)b;
@@ -537,29 +515,19 @@ static double show(const char *what, const op *ops)
 
 static const cut cuts[] = {
 	{ 0 },
-	{ .fetchers = 2 },
-	{ .rows = 16 },
-	{ .rows = 16, .fetchers = 2 },
-	{ .rows = 8 },
-	{ .rows = 8, .fetchers = 2 },
-	{ .rows = 4 },
-	{ .rows = 2 },
+	{ .stage = 8 },
 	{ .stage = 16 },
 	{ .stage = 64 },
-	{ .stage = 64, .fetchers = 2 },
 	{ .room = 216 },
-	{ .room = 216, .fetchers = 2 },
-	{ .stage = 64, .room = 216, .fetchers = 2 },
-	{ .rows = 16, .room = 216, .fetchers = 2 },
-	{ .rows = 8, .room = 216 },
-	{ .rows = 4, .room = 216 },
+	{ .stage = 16, .room = 216 },
+	{ .rows = 16, .room = 216 },
+	{ .rows = 16, .stage = 16, .room = 216 },
+	{ .rows = 32, .room = 216 },
 	{ .blocks = 1 },
-	{ .blocks = 1, .fetchers = 2 },
-	{ .blocks = 1, .stage = 64, .room = 216 },
-	{ .blocks = 2, .room = 110 },
-	{ .blocks = 2, .room = 110, .fetchers = 2 },
-	{ .blocks = 2, .rows = 8, .room = 110 },
-	{ .blocks = 2, .stage = 16, .room = 110, .fetchers = 2 },
+	{ .blocks = 1, .stage = 16 },
+	{ .blocks = 2 },
+	{ .blocks = 2, .stage = 16, .room = 110 },
+	{ .blocks = 2, .rows = 16, .stage = 16, .room = 110 },
 };
 enum { CUTS = sizeof(cuts) / sizeof(cuts[0]) };
 
@@ -592,8 +560,8 @@ static int show_cut(const op *o, double *best_us, double *chosen_us)
 		if (!is_taken(o))
 			continue;
 		us = time_ops(o, 0, 1);
-		printf("cut: %-16s blocks %d rows %2d stage %2d room %3d fetchers %d: %7.2f us, %.2f TB/s\n",
-		       o->name, now.blocks, now.rows, now.stage, now.room, now.fetchers, us,
+		printf("cut: %-16s blocks %d rows %2d stage %2d room %3d: %7.2f us, %.2f TB/s\n",
+		       o->name, now.blocks, now.rows, now.stage, now.room, us,
 		       o->megabytes / us);
 		if (!k)
 			*chosen_us = *best_us = us;
@@ -615,15 +583,17 @@ static void show_cuts(void)
 	for (int i = 0; i < CUT_OPS; i++) {
 		const cut *c = &cuts[best[i]];
 
-		printf("best: %-16s blocks %d rows %2d stage %2d room %3d fetchers %d: %7.2f us, %.2f TB/s; "
+		printf("best: %-16s blocks %d rows %2d stage %2d room %3d: %7.2f us, %.2f TB/s; "
 		       "as it is %.2f, %.2f\n",
-		       cut_ops[i].name, c->blocks, c->rows, c->stage, c->room, c->fetchers, us[i],
+		       cut_ops[i].name, c->blocks, c->rows, c->stage, c->room, us[i],
 		       cut_ops[i].megabytes / us[i], chosen[i], cut_ops[i].megabytes / chosen[i]);
 	}
 }
 
 int main(int argc, char **argv)
 {
+	double us[3];
+
 	if (argc > 1)
 		tokens = (int)strtol(argv[1], NULL, 10);
 	if (argc > 2)
@@ -638,19 +608,11 @@ int main(int argc, char **argv)
 	show("separate", separate);
 	show("fused", fused);
 	show("cluster", cluster);
-	for (int fetchers = 1; fetchers <= 2; fetchers++) {
-		double us[4];
-
-		now.fetchers = fetchers;
-		us[0] = show("router apart", apart);
-		us[1] = show("router joined", joined);
-		us[2] = show("router joined, gate beside down", gate_beside);
-		us[3] = show("router joined, gate beside down, L2 ahead", ahead);
-		printf("best: chain, fetchers %d: router apart %.2f us, joined %.2f, gate beside down "
-		       "%.2f, L2 ahead %.2f\n",
-		       fetchers, us[0], us[1], us[2], us[3]);
-	}
-	now = (cut){ 0 };
+	us[0] = show("router apart", apart);
+	us[1] = show("router joined", joined);
+	us[2] = show("router joined, gate beside down", gate_beside);
+	printf("best: chain: router apart %.2f us, joined %.2f, gate beside down %.2f\n", us[0], us[1],
+	       us[2]);
 	show_cuts();
 	km_cuda_close(gpu);
 	return 0;

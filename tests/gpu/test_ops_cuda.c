@@ -261,14 +261,13 @@ static void slabs_are_right(void **state)
 	}
 }
 
-/* However slabs are cut, and whatever is fetched ahead: the same bits. */
+/* However slabs are cut: the same bits. */
 static void cuts_change_nothing(void **state)
 {
 	static const struct {
-		int blocks, rows, stage, room, fetchers;
-	} cuts[] = { { 0, 0, 0, 0, 0 },    { 0, 0, 0, 0, 2 },   { 1, 16, 16, 160, 1 },
-		     { 1, 8, 32, 216, 2 }, { 2, 3, 16, 110, 1 }, { 1, 2, 32, 0, 2 },
-		     { 2, 20, 64, 110, 2 } };
+		int blocks, rows, stage, room;
+	} cuts[] = { { 0, 0, 0, 0 },    { 1, 16, 16, 160 }, { 1, 8, 32, 216 },
+		     { 2, 3, 16, 110 }, { 1, 2, 32, 0 },    { 2, 20, 64, 110 } };
 	static const weight_case cases[] = { { KM_W_BF16, 1000, 2080, 0, 0, 0, KM_F32 },
 		                             { KM_W_BF16, 1500, 1024, 0, 0, 0, KM_F32 },
 		                             { KM_W_BF16, 5000, 7168, 0, 0, 0, KM_F32 } };
@@ -287,12 +286,10 @@ static void cuts_change_nothing(void **state)
 					.linear = { .x = l.x_device, .w = { l.device }, .y = { y },
 						    .y_stride = { cases[i].rows }, .weights = 1,
 						    .tokens = tokens, .x_stride = l.x_stride, .pdl = true },
-					.ahead = { { l.device.data, 4096 },
-						   { l.device.data, l.device.rows * l.device.cols * 2 } },
 					.multiprocessors = gpu->info.multiprocessors,
 					.blocks_per_sm = cuts[k].blocks, .rows = cuts[k].rows,
 					.stage_bytes = cuts[k].stage << 10,
-					.smem_bytes = cuts[k].room << 10, .fetchers = cuts[k].fetchers,
+					.smem_bytes = cuts[k].room << 10,
 				};
 				float *got;
 
