@@ -10,7 +10,8 @@
  * how.
  *
  * Runs in the repository's root, and grades with jq. `test_serve_cuda short` asks few questions,
- * for runs under a sanitizer; `cpu` as first argument takes the CPU, to test this test.
+ * for runs under a sanitizer; `soak` is the load alone, of 18,000 requests, an hour of five a
+ * second; `cpu` as first argument takes the CPU, to test this test.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -38,13 +39,14 @@
 #include "wire/batch_lines.h"
 #include "wire/serve.h"
 
-enum { AT_ONCE = 64, ROUNDS = 4, LOAD = 2000, SHORT_LOAD = 40, LONGEST = 1200 };
+enum { AT_ONCE = 64, ROUNDS = 4, LOAD = 2000, SHORT_LOAD = 40, SOAK = 18000, LONGEST = 1200 };
 
 /* Bytes that the process, and the device, may have gained between the load's first quarter and its
  * end. The allocator's arenas, one a thread, grow to their peaks at their own pace. */
 static const long HOST_GROWTH = 24 << 20, DEVICE_GROWTH = 4 << 20;
 
 static bool short_run, on_cpu;
+static int load = LOAD; /* requests */
 static char *folder; /* for requests, answers, grades */
 static const char *const model_name[] = { "nano" };
 
@@ -550,7 +552,7 @@ static void a_load_leaves_nothing_behind(void **state)
 	greedy_answer(&s, &before);
 	start = km_now_s();
 	for (int i = 0; i < ROUNDS; i++) {
-		run_round(&l, (short_run ? SHORT_LOAD : LOAD) / ROUNDS);
+		run_round(&l, load / ROUNDS);
 		if (i == 0) {
 			host = host_bytes();
 			device = device_bytes();
@@ -567,7 +569,7 @@ static void a_load_leaves_nothing_behind(void **state)
 	              (double)stats.generation_tokens / start, (long long)stats.steps,
 	              (long long)stats.preemptions, (double)host / 1e6, (double)device / 1e6);
 	assert_int_equal(l.wrong, 0);
-	assert_true(l.whole + l.hung_up == (short_run ? SHORT_LOAD : LOAD) && l.hung_up);
+	assert_true(l.whole + l.hung_up == load && l.hung_up);
 	greedy_answer(&s, &after);
 	assert_true(before.len > 0);
 	assert_string_equal(before.data, after.data);
@@ -606,6 +608,11 @@ int main(int argc, char **argv)
 
 	on_cpu = argc > 1 && !strcmp(argv[1], "cpu");
 	short_run = argc > 1 && !strcmp(argv[argc - 1], "short");
+	load = short_run ? SHORT_LOAD : LOAD;
+	if (argc > 1 && !strcmp(argv[argc - 1], "soak")) {
+		load = SOAK;
+		cmocka_set_test_filter("a_load_leaves_nothing_behind");
+	}
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	if (!on_cpu && !km_cuda_count(&err)) {
 		printf("skip: %s\n", err.msg);
