@@ -19,24 +19,37 @@
  *                    mla_cluster.cu 3. What is missing: from launch to launch 1 us, and in each the
  *                    chain of x, its norm, products and sums, 1 to 2.
  *
- * A block has a slab of consecutive rows, which one warp asks the copy engine for as soon as the block
+ * A block has a slab of consecutive rows, which one lane asks the copy engine for as soon as the block
  * begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier
  * kernels still work, as far as shared memory goes. Eight warps wait for the predecessor, put x into
  * shared memory, and multiply on tensor cores as the stages come in. A block has one slab or several in
- * turn; a slab is cut into stages of whole steps of 512 columns, or is one stage and then one copy.
+ * turn; a slab is cut into stages of whole steps of 512 columns. A stage is one box of a tensor map: asked
+ * for row by row, at a hundred cycles a copy, 16 rows came no faster than memory delivers.
+ *
+ * In a stage, line (block of 64 columns, row) has 128 bytes, eight pieces of 16, piece p at p ^ line % 8.
+ * The eight lanes that read at a time have two neighbouring rows, which differ in the lowest bit of the
+ * line, and lane t of four the pieces 2 t, then 2 t + 1: one row's are at even places when the other's are
+ * at odd ones, and each bank is read once, whatever the number of rows.
  *
  * RULES
- *   Order of a sum: a step is 32 parts of 16 columns; part i of every step by rising column; then the two
- *   halves of 32 columns, then i with i + 8, i + 4, i + 2, i + 1. It does not depend on the cut into
- *   slabs and stages, nor on the rows. The norm's order is norm.cu's.
+ *   Order of a sum: a step is 8 blocks of 64 columns, each 4 parts of the columns 16 t + 4 i to
+ *   16 t + 4 i + 3, t = 0 .. 3; part i of a step's block b by rising step; then the parts as
+ *   (0 + 1) + (2 + 3), then block b with b + 4, b + 2, b + 1. It does not depend on the cut into slabs and
+ *   stages, nor on the rows. The norm's order is norm.cu's.
  */
+#include <climits>
+
 #include "dense.h"
 #include "launch.cuh"
+#include "tensor_map.cuh"
 #include "turn.cuh"
 #include "weight.cuh"
 
 enum {
 	STEP = 512,
+	LINE = 64, /* columns: 128 bytes, the widest that a box swizzles */
+	LINE_BYTES = LINE * 2,
+	MOST_LINES = 256, /* of a box */
 	WARPS = 8,
 	CONSUMERS = 32 * WARPS,
 	THREADS = CONSUMERS + 32,
@@ -47,7 +60,8 @@ enum {
 	AT_FULL = 0,
 	AT_EMPTY = AT_FULL + 8 * MOST_STAGES,
 	AT_PARTS = AT_EMPTY + 8 * MOST_STAGES,
-	PARTS_BYTES = WARPS * 16 * MOST_TOKENS * 4,
+	PART_PITCH = 20, /* 16 rows; tokens in other banks */
+	PARTS_BYTES = WARPS * MOST_TOKENS * PART_PITCH * 4,
 	AT_X = AT_PARTS + 2 * PARTS_BYTES,
 	MOST_BYTES = 226 << 10,
 	NORM_THREADS = 512, /* norm.cu's */
@@ -56,20 +70,21 @@ enum {
 	NORM_LONG = 4 * NORM_SHORT,
 };
 
-static_assert(MOST_GROUPS * 16 <= 32, "a lane a row");
+static_assert(MOST_GROUPS * 16 <= 32 && MOST_TOKENS <= WARPS, "a lane a row, a warp a token");
 
 enum slab_form { FORM_GIVEN, FORM_NORM, FORM_NORM_LONG, FORM_SILU };
 
 /* How the work is cut; the same for every block. */
 struct slab_cut {
 	int rows, slabs, end[KK_LINEAR_WEIGHTS]; /* of a slab; of them, up to each weight's last */
-	int columns, pitch;                      /* of a stage; bytes from row to row */
+	int columns;                             /* of a stage */
 	int stages, stage_bytes, x_pitch, at_stages;
 };
 
 struct slab_run {
 	kk_linear_slab_args a;
 	slab_cut cut;
+	CUtensorMap map[KK_LINEAR_WEIGHTS];
 };
 
 /* One slab: its weight, first row, rows. */
@@ -98,27 +113,8 @@ struct slab_ring {
 	}
 };
 
-/*
- * A stage's pieces, a row's each. A copy takes its operands from uniform registers, so the lanes of a warp
- * take turns, ten instructions each that wait for one another: a piece should be long.
- */
-__device__ __forceinline__ void fetch_stage(const slab_run &r, const slab &s, const char *from, int bytes,
-                                            uint32_t to, uint32_t full, int thread, uint64_t policy)
-{
-	if (r.cut.columns == r.a.linear.w[0].cols) {
-		if (thread == 0)
-			ptx_copy_bulk_policy(to, from, s.rows * bytes, full, policy);
-		return;
-	}
-	if (thread < s.rows)
-		ptx_copy_bulk_policy(to + thread * r.cut.pitch,
-		                     from + (size_t)thread * r.a.linear.w[0].cols * 2, bytes, full,
-		                     policy);
-}
-
-/* The warp that fetches, a lane for each row of a slab: every stage of every slab of this block, as room
- * comes free. A stage is full only when thread 0 has told its bytes, whichever arrive before. */
-__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, int thread)
+/* The lane that fetches: every stage of every slab of this block, as room comes free. */
+__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem)
 {
 	int cols = r.a.linear.w[0].cols;
 	uint64_t policy = ptx_policy_drop();
@@ -126,20 +122,14 @@ __device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, in
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x) {
 		slab s = find_slab(r, i);
-		const char *from =
-			(const char *)r.a.linear.w[s.weight].data + (size_t)s.first * cols * 2;
 
 		for (int c = 0; c < cols; c += r.cut.columns, ring.next(r.cut.stages)) {
-			int bytes = min(r.cut.columns, cols - c) * 2;
 			uint32_t full = smem + AT_FULL + 8 * ring.at;
 
 			ptx_mbarrier_wait(smem + AT_EMPTY + 8 * ring.at, ring.parity);
-			if (thread == 0)
-				ptx_mbarrier_expect(full, s.rows * bytes);
-			__syncwarp();
-			fetch_stage(r, s, from + (size_t)c * 2, bytes,
-			            smem + r.cut.at_stages + ring.at * r.cut.stage_bytes, full, thread,
-			            policy);
+			ptx_mbarrier_expect(full, r.cut.rows * r.cut.columns * 2);
+			ptx_copy_box(smem + r.cut.at_stages + ring.at * r.cut.stage_bytes,
+			             &r.map[s.weight], make_int4(0, s.first, c / LINE, 0), full, policy);
 		}
 	}
 }
@@ -294,45 +284,78 @@ __device__ __forceinline__ void make_x(const slab_run &r, char *smem, int thread
 		put_x(r, x, thread);
 }
 
-/* A warp's sums of 16 rows and 8 tokens: of its k-steps of 32 columns in a step, each in halves. */
+/* A warp's sums of 16 rows and 8 tokens: of its lines of a step, each in four parts. */
 template <int GROUPS> struct slab_sums {
-	static constexpr int PARTS = WARPS / GROUPS, EACH = 16 / PARTS;
-	float d[EACH][2][4];
+	static constexpr int WARPS_OF = WARPS / GROUPS, LINES = STEP / LINE / WARPS_OF;
+	float d[LINES][4][4];
 };
 
-template <int GROUPS>
-__device__ __forceinline__ void multiply_stage(slab_sums<GROUPS> &sum, const char *upper,
-                                               const char *lower, const char *x, int cols, int part)
+/* Where a lane's two rows lie in a stage, in bytes: its even piece of each of the warp's lines. */
+template <int GROUPS> struct slab_rows {
+	uint32_t upper[slab_sums<GROUPS>::LINES], lower[slab_sums<GROUPS>::LINES];
+};
+
+__device__ __forceinline__ uint32_t find_piece(int line, int lane)
 {
-	constexpr int PARTS = slab_sums<GROUPS>::PARTS, EACH = slab_sums<GROUPS>::EACH;
+	return line * LINE_BYTES + ((lane % 4 * 2 ^ line % 8) * 16);
+}
+
+/* A group of fewer rows reads its last one again. */
+template <int GROUPS>
+__device__ __forceinline__ slab_rows<GROUPS> find_rows(int rows, int warp, int lane)
+{
+	int first = warp % GROUPS * 16 + lane / 4, part = warp / GROUPS;
+	slab_rows<GROUPS> at;
+
+#pragma unroll
+	for (int e = 0; e < slab_sums<GROUPS>::LINES; e++) {
+		int line = (part + e * slab_sums<GROUPS>::WARPS_OF) * rows;
+
+		at.upper[e] = find_piece(line + min(first, rows - 1), lane);
+		at.lower[e] = find_piece(line + min(first + 8, rows - 1), lane);
+	}
+	return at;
+}
+
+/* x: this lane's token and pieces, from the warp's first line on. hop: bytes of a step in the stage, a
+ * multiple of 1,024, so that a line's swizzle is the same in every step. */
+template <int GROUPS>
+__device__ __forceinline__ void multiply_stage(slab_sums<GROUPS> &sum, const slab_rows<GROUPS> &at,
+                                               const char *w, int hop, const char *x, int lines)
+{
+	constexpr int WARPS_OF = slab_sums<GROUPS>::WARPS_OF, LINES = slab_sums<GROUPS>::LINES;
 
 #pragma unroll 2
-	for (int c = 0; c < cols; c += STEP) {
+	for (; lines > 0; lines -= STEP / LINE, w += hop, x += STEP * 2) {
 #pragma unroll
-		for (int e = 0; e < EACH; e++) {
-			int at = c + (part + e * PARTS) * 32;
+		for (int e = 0; e < LINES; e++) {
+			if (e * WARPS_OF >= lines)
+				break;
+#pragma unroll
+			for (int h = 0; h < 2; h++) {
+				uint4 a = *(const uint4 *)(w + (at.upper[e] ^ h * 16));
+				uint4 b = *(const uint4 *)(w + (at.lower[e] ^ h * 16));
+				uint4 v = *(const uint4 *)(x + e * WARPS_OF * LINE_BYTES + h * 16);
 
-			if (at < cols) {
-				uint4 a = *(const uint4 *)(upper + at * 2);
-				uint4 b = *(const uint4 *)(lower + at * 2);
-				uint4 v = *(const uint4 *)(x + at * 2);
-
-				ptx_mma_bf16(sum.d[e][0], a.x, b.x, a.y, b.y, v.x, v.y);
-				ptx_mma_bf16(sum.d[e][1], a.z, b.z, a.w, b.w, v.z, v.w);
+				ptx_mma_bf16(sum.d[e][2 * h], a.x, b.x, a.y, b.y, v.x, v.y);
+				ptx_mma_bf16(sum.d[e][2 * h + 1], a.z, b.z, a.w, b.w, v.z, v.w);
 			}
 		}
 	}
 }
 
-/* What this warp's parts come to, in the order of the essay. */
-template <int GROUPS>
-__device__ __forceinline__ float join_parts(const slab_sums<GROUPS> &sum, int i)
+__device__ __forceinline__ float join_line(const float (&d)[4][4], int i)
 {
-	if constexpr (GROUPS == 1)
-		return (sum.d[0][0][i] + sum.d[0][1][i]) + (sum.d[1][0][i] + sum.d[1][1][i]);
-	else
-		return ((sum.d[0][0][i] + sum.d[0][1][i]) + (sum.d[2][0][i] + sum.d[2][1][i])) +
-		       ((sum.d[1][0][i] + sum.d[1][1][i]) + (sum.d[3][0][i] + sum.d[3][1][i]));
+	return (d[0][i] + d[1][i]) + (d[2][i] + d[3][i]);
+}
+
+/* What this warp's lines come to, in the order of the essay. */
+template <int GROUPS>
+__device__ __forceinline__ float join_lines(const slab_sums<GROUPS> &sum, int i)
+{
+	float all = join_line(sum.d[0], i);
+
+	return GROUPS == 1 ? all : all + join_line(sum.d[GROUPS - 1], i);
 }
 
 __device__ __forceinline__ void store(const kk_linear_args &a, int weight, int t, int row, float v)
@@ -346,37 +369,36 @@ __device__ __forceinline__ void store(const kk_linear_args &a, int weight, int t
 			a.accumulate ? __ldcg((const float *)a.y[weight] + at) + v : v;
 }
 
-/* parts: [WARPS][16 rows][8 tokens] */
+/* parts: [WARPS][8 tokens][16 rows and room]; a warp stores a token, a lane a row. */
 template <int GROUPS>
-__device__ __forceinline__ void store_slab(const slab_run &r, const slab &s, const float *parts,
-                                           int thread)
+__device__ __forceinline__ void store_slab(const slab_run &r, const slab &s, const float *parts, int warp,
+                                           int lane)
 {
-	for (int i = thread; i < s.rows * r.a.linear.tokens; i += CONSUMERS) {
-		int t = i / s.rows, row = i - t * s.rows;
-		const float *p = parts + row % 16 * MOST_TOKENS + t + row / 16 * (16 * MOST_TOKENS);
-		constexpr int NEXT = GROUPS * 16 * MOST_TOKENS;
-		float q[4];
+	const float *p = parts + (lane / 16 * MOST_TOKENS + warp) * PART_PITCH + lane % 16;
+	constexpr int NEXT = GROUPS * MOST_TOKENS * PART_PITCH;
+	float q[4];
 
+	if (warp >= r.a.linear.tokens || lane >= s.rows)
+		return;
 #pragma unroll
-		for (int k = 0; k < 4; k++)
-			q[k] = GROUPS == 1 ? p[k * NEXT] + p[(k + 4) * NEXT] : p[k * NEXT];
-		store(r.a.linear, s.weight, t, s.first + row, (q[0] + q[2]) + (q[1] + q[3]));
-	}
+	for (int k = 0; k < 4; k++)
+		q[k] = GROUPS == 1 ? p[k * NEXT] + p[(k + 4) * NEXT] : p[k * NEXT];
+	store(r.a.linear, s.weight, warp, s.first + lane, (q[0] + q[2]) + (q[1] + q[3]));
 }
 
 template <int GROUPS>
 __device__ __forceinline__ void multiply_slabs(const slab_run &r, char *smem, uint32_t address,
                                                int thread)
 {
-	int warp = thread / 32, lane = thread % 32, group = warp % GROUPS, g = lane / 4;
-	int cols = r.a.linear.w[0].cols, turn = 0;
+	int warp = thread / 32, lane = thread % 32, first = warp / GROUPS;
+	int cols = r.a.linear.w[0].cols, turn = 0, hop = r.cut.rows * STEP * 2;
+	slab_rows<GROUPS> at = find_rows<GROUPS>(r.cut.rows, warp, lane);
 	slab_ring ring = {0, 0};
-	const char *x = smem + AT_X + min(g, r.a.linear.tokens - 1) * r.cut.x_pitch + lane % 4 * 16;
+	const char *x = smem + AT_X + min(lane / 4, r.a.linear.tokens - 1) * r.cut.x_pitch +
+	                first * LINE_BYTES + lane % 4 * 32;
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x, turn ^= 1) {
 		slab s = find_slab(r, i);
-		int upper = min(group * 16 + g, s.rows - 1) * r.cut.pitch + lane % 4 * 16,
-		    lower = min(group * 16 + g + 8, s.rows - 1) * r.cut.pitch + lane % 4 * 16;
 		float *parts = (float *)(smem + AT_PARTS + turn * PARTS_BYTES);
 		slab_sums<GROUPS> sum = {};
 
@@ -384,30 +406,33 @@ __device__ __forceinline__ void multiply_slabs(const slab_run &r, char *smem, ui
 			const char *w = smem + r.cut.at_stages + ring.at * r.cut.stage_bytes;
 
 			ptx_mbarrier_wait(address + AT_FULL + 8 * ring.at, ring.parity);
-			multiply_stage<GROUPS>(sum, w + upper, w + lower, x + c * 2,
-			                       min(r.cut.columns, cols - c), warp / GROUPS);
+			multiply_stage<GROUPS>(sum, at, w, hop, x + c * 2,
+			                       min(r.cut.columns, cols - c) / LINE - first);
 			__syncwarp(); /* the warp has read the stage */
 			if (lane == 0)
 				ptx_mbarrier_arrive(address + AT_EMPTY + 8 * ring.at);
 		}
 #pragma unroll
-		for (int k = 0; k < 4; k += 2)
-			*(float2 *)(parts + (warp * 16 + g + k / 2 * 8) * MOST_TOKENS + lane % 4 * 2) =
-				make_float2(join_parts<GROUPS>(sum, k), join_parts<GROUPS>(sum, k + 1));
+		for (int k = 0; k < 4; k++)
+			parts[(warp * MOST_TOKENS + lane % 4 * 2 + k % 2) * PART_PITCH + lane / 4 + k / 2 * 8] =
+				join_lines<GROUPS>(sum, k);
 		ptx_barrier_some(1, CONSUMERS); /* the parts are written; those of two slabs ago were read */
-		store_slab<GROUPS>(r, s, parts, thread);
+		store_slab<GROUPS>(r, s, parts, warp, lane);
 	}
 }
 
 template <int GROUPS, int FORM>
-__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linear_slab(const __grid_constant__ slab_run r)
+__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2)
+linear_slab(const __grid_constant__ slab_run r)
 {
-	extern __shared__ __align__(128) char smem[];
+	extern __shared__ __align__(1024) char smem[];
 	uint32_t address = ptx_shared_address(smem);
 	int thread = (int)threadIdx.x;
 
 	turn_begin(r.a.turn);
-	if (thread == 0) {
+	if (thread == CONSUMERS) {
+		for (int i = 0; i < r.a.linear.weights; i++)
+			ptx_prefetch_map(&r.map[i]);
 		for (int i = 0; i < r.cut.stages; i++) {
 			ptx_mbarrier_init(address + AT_FULL + 8 * i, 1);
 			ptx_mbarrier_init(address + AT_EMPTY + 8 * i, WARPS);
@@ -416,7 +441,8 @@ __global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linea
 	}
 	__syncthreads(); /* the barriers are begun */
 	if (thread >= CONSUMERS) {
-		fetch_slabs(r, address, thread - CONSUMERS);
+		if (thread == CONSUMERS)
+			fetch_slabs(r, address);
 		return;
 	}
 	make_x<FORM>(r, smem, thread);
@@ -425,12 +451,12 @@ __global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2) linea
 
 static int x_pitch_of(int cols)
 {
-	return cols * 2 % 128 ? cols * 2 : cols * 2 + 64; /* neighbouring rows in other banks */
+	return cols * 2 + 16; /* neighbouring tokens in other banks */
 }
 
 bool kk_linear_slab_fits(const km_weight *w, int tokens, enum kk_x_from from)
 {
-	return w->type == KM_W_BF16 && w->cols % 32 == 0 && tokens <= MOST_TOKENS &&
+	return w->type == KM_W_BF16 && w->cols % LINE == 0 && tokens <= MOST_TOKENS &&
 	       tokens * x_pitch_of(w->cols) <= 136 << 10 &&
 	       (from != KK_X_NORM || w->cols <= NORM_LONG);
 }
@@ -450,42 +476,80 @@ static int count_slabs(const kk_linear_args *l, int rows, int (&end)[KK_LINEAR_W
 	return slabs;
 }
 
-/* Slabs of up to `most` rows, as even as they can be, so that no block has a turn more than it need
- * have: of several weights each may leave a slab that is not full. */
+/* Slabs of up to `most` rows such that the block with the most turns has the fewest rows; a turn counts
+ * as a row more. */
 static void cut_rows(slab_cut *c, const kk_linear_args *l, int blocks, int most)
 {
-	int all = 0, turns;
+	int least = INT_MAX;
 
-	for (int i = 0; i < l->weights; i++)
-		all += l->w[i].rows;
-	turns = ceil_div(all, blocks * most);
-	c->rows = ceil_div(all, blocks * turns);
-	while ((c->slabs = count_slabs(l, c->rows, c->end)) > blocks * turns && c->rows < most)
-		c->rows++;
+	for (int rows = most; rows > 0; rows--) {
+		int cost = ceil_div(count_slabs(l, rows, c->end), blocks) * (rows + 1);
+
+		if (cost < least)
+			least = cost, c->rows = rows;
+	}
+	c->slabs = count_slabs(l, c->rows, c->end);
 }
 
-/* One block a multiprocessor where x is long, since each block makes all of it; else two. */
-static void cut_slabs(slab_run *r, int blocks, int room, int stage_bytes)
+/* stage_bytes 0: two steps, or one of more than 16 rows: 32 kB at most. */
+static void cut_columns(slab_cut *c, int cols, int stage_bytes)
 {
-	int most = r->a.rows ? r->a.rows : MOST_GROUPS * 16;
-	const kk_linear_args *l = &r->a.linear;
-	slab_cut *c = &r->cut;
-	int cols = l->w[0].cols;
+	int steps = stage_bytes ? stage_bytes / (c->rows * STEP * 2) : c->rows > 16 ? 1 : 2;
 
-	cut_rows(c, l, blocks, most);
-	c->columns = stage_bytes / (c->rows * STEP * 2) * STEP;
-	if (c->columns < STEP)
-		c->columns = STEP;
-	if (c->columns >= cols)
-		c->columns = cols;
-	c->pitch = c->columns == cols ? cols * 2 : c->columns * 2 + 64;
-	c->stage_bytes = (c->rows * c->pitch + 127) / 128 * 128;
-	c->x_pitch = x_pitch_of(cols);
-	c->at_stages = (AT_X + l->tokens * c->x_pitch + 127) / 128 * 128;
+	c->columns = (steps < 1 ? 1 : steps) * STEP;
+	c->columns = c->columns > MOST_LINES * LINE ? MOST_LINES * LINE : c->columns;
+	c->columns = c->columns > cols ? cols : c->columns;
+	c->stage_bytes = (c->rows * c->columns * 2 + 1023) / 1024 * 1024;
+}
+
+/* As many stages as `room` holds, and are of use. */
+static void cut_stages(slab_cut *c, const kk_linear_args *l, int blocks, int room)
+{
+	int useful = ceil_div(c->slabs, blocks) * ceil_div(l->w[0].cols, c->columns);
+
+	c->x_pitch = x_pitch_of(l->w[0].cols);
+	c->at_stages = (AT_X + l->tokens * c->x_pitch + 1023) / 1024 * 1024;
 	c->stages = (room - c->at_stages) / c->stage_bytes;
-	if (c->stages > ceil_div(c->slabs, blocks) * ceil_div(cols, c->columns))
-		c->stages = ceil_div(c->slabs, blocks) * ceil_div(cols, c->columns);
+	c->stages = c->stages > useful ? useful : c->stages;
 	c->stages = c->stages > MOST_STAGES ? (int)MOST_STAGES : c->stages < 1 ? 1 : c->stages;
+}
+
+/* Of one block a multiprocessor: all of it where a block has several turns, else what leaves the next
+ * launch some, and yet holds several stages, whatever x takes. */
+static int room_of_one(bool several, int x_bytes)
+{
+	int room = AT_X + x_bytes + (96 << 10);
+
+	room = room < 160 << 10 ? 160 << 10 : room;
+	return several || room > MOST_BYTES ? (int)MOST_BYTES : room;
+}
+
+/* One block a multiprocessor where each makes a norm or x is long, since each makes all of x; else two. */
+static void cut_slabs(slab_run *r, int *blocks)
+{
+	const kk_linear_slab_args *a = &r->a;
+	const kk_linear_args *l = &a->linear;
+	int cols = l->w[0].cols, each = a->from == KK_X_NORM || cols >= 4096 ? 1 : 2, room = a->smem_bytes;
+
+	each = a->blocks_per_sm ? a->blocks_per_sm : each;
+	*blocks = each * (a->multiprocessors - (each > 1 ? ATTENTION_BLOCKS : 0));
+	cut_rows(&r->cut, l, *blocks, a->rows ? a->rows : MOST_GROUPS * 16);
+	cut_columns(&r->cut, cols, a->stage_bytes);
+	if (!room)
+		room = each > 1 ? 110 << 10 : room_of_one(r->cut.slabs > *blocks, l->tokens * x_pitch_of(cols));
+	cut_stages(&r->cut, l, *blocks, room);
+}
+
+/* [rows, cols] as [lines of a row, rows, columns of a line]: a stage is a box. */
+static cudaError_t map_weight(CUtensorMap *map, const km_weight *w, const slab_cut *c)
+{
+	cuuint64_t row = (cuuint64_t)w->cols * 2, rows = (cuuint64_t)w->rows;
+	tensor_shape t = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, 4, w->data,
+	                  {LINE, rows, (cuuint64_t)w->cols / LINE, 1},
+	                  {row, LINE_BYTES, row * rows},
+	                  {LINE, (cuuint32_t)c->rows, (cuuint32_t)c->columns / LINE, 1}};
+
+	return make_tensor_map(map, t);
 }
 
 template <int GROUPS>
@@ -517,22 +581,11 @@ static cudaError_t launch_slab(const slab_run *r, int blocks, cudaStream_t strea
 	return cudaLaunchKernelEx(&config, kernel, *r);
 }
 
-/* Several stages, whatever x takes. */
-static int room_of_one(int x_bytes)
-{
-	int room = AT_X + x_bytes + (96 << 10);
-
-	return room < 160 << 10 ? 160 << 10 : room < MOST_BYTES ? room : (int)MOST_BYTES;
-}
-
 cudaError_t kk_linear_slab(const kk_linear_slab_args *a, cudaStream_t stream)
 {
 	const kk_linear_args *l = &a->linear;
-	int each = a->blocks_per_sm ? a->blocks_per_sm : l->w[0].cols >= 4096 ? 1 : 2;
-	int blocks = each * (a->multiprocessors - (each > 1 ? ATTENTION_BLOCKS : 0));
-	int x_bytes = l->tokens * x_pitch_of(l->w[0].cols);
-	int room = a->smem_bytes ? a->smem_bytes : each == 1 ? room_of_one(x_bytes) : 110 << 10;
-	slab_run r = {*a, {}};
+	slab_run r = {*a, {}, {}};
+	int blocks;
 
 	if (a->rows < 0 || a->rows > MOST_GROUPS * 16 || a->turn == KM_TURN_BESIDE || l->weights < 1 ||
 	    l->weights > KK_LINEAR_WEIGHTS || (l->y_bf16 && l->accumulate) || l->tokens < 1 ||
@@ -542,11 +595,12 @@ cudaError_t kk_linear_slab(const kk_linear_slab_args *a, cudaStream_t stream)
 		if (!kk_linear_slab_fits(&l->w[i], l->tokens, a->from) ||
 		    l->w[i].cols != l->w[0].cols)
 			return cudaErrorInvalidValue;
-	cut_slabs(&r, blocks, room, a->stage_bytes ? a->stage_bytes : 32 << 10);
-	if (r.cut.at_stages + r.cut.stages * r.cut.stage_bytes > room && each == 2) {
-		blocks = a->multiprocessors;
-		room = MOST_BYTES;
-		cut_slabs(&r, blocks, room, 32 << 10);
+	cut_slabs(&r, &blocks);
+	for (int i = 0; i < l->weights; i++) {
+		cudaError_t rc = map_weight(&r.map[i], &l->w[i], &r.cut);
+
+		if (rc != cudaSuccess)
+			return rc;
 	}
 	return r.cut.rows > 16 ? launch_slab<2>(&r, blocks, stream) : launch_slab<1>(&r, blocks, stream);
 }

@@ -228,7 +228,7 @@ static void linear_layers_are_right(void **state)
 static void slabs_are_right(void **state)
 {
 	static const weight_case cases[] = { { KM_W_BF16, 160, 64, 0, 0, 0, KM_F32 },
-		                             { KM_W_BF16, 17, 2080, 0, 0, 0, KM_F32 },
+		                             { KM_W_BF16, 17, 2112, 0, 0, 0, KM_F32 },
 		                             { KM_W_BF16, 576, 7168, 0, 0, 0, KM_F32 },
 		                             { KM_W_BF16, 7168, 256, 0, 0, 0, KM_F32 },
 		                             { KM_W_BF16, 1536, 1536, 0, 0, 0, KM_F32 },
@@ -268,7 +268,7 @@ static void cuts_change_nothing(void **state)
 		int blocks, rows, stage, room;
 	} cuts[] = { { 0, 0, 0, 0 },    { 1, 16, 16, 160 }, { 1, 8, 32, 216 },
 		     { 2, 3, 16, 110 }, { 1, 2, 32, 0 },    { 2, 20, 64, 110 } };
-	static const weight_case cases[] = { { KM_W_BF16, 1000, 2080, 0, 0, 0, KM_F32 },
+	static const weight_case cases[] = { { KM_W_BF16, 1000, 2112, 0, 0, 0, KM_F32 },
 		                             { KM_W_BF16, 1500, 1024, 0, 0, 0, KM_F32 },
 		                             { KM_W_BF16, 5000, 7168, 0, 0, 0, KM_F32 } };
 
@@ -373,7 +373,7 @@ static void linear_layers_make_their_x(void **state)
 {
 	(void)state;
 	made_case(100, 512, 1, KM_X_NORM);
-	made_case(100, 160, 2, KM_X_NORM);
+	made_case(100, 192, 2, KM_X_NORM);
 	made_case(300, 256, 3, KM_X_SILU);
 	if (short_run)
 		return;
