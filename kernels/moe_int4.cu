@@ -19,8 +19,10 @@
  *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places. H200 at 1 / 2 /
  *            4 / 8: 16.1 / 22.6 / 36.4 / 60 (floor 5.5 / 11 / 21 / 41); TP1 58 at 1. H100, before 40 and 41:
  *            19.4 / 27.7 / 44.3 / 79.6; TP1 76.4. TRIED 35, 36.
- *   prefill  moe_prefill.cu: warp-group matrix instructions, from 256 tokens: 510 there, 520 at 512, 587,
- *            730 at 2,048, 1,063; TP1 3,552 / 3,624 / 4,018 / 4,598 / 6,603. TRIED 26, 29-34.
+ *   prefill  moe_prefill.cu: warp-group matrix instructions, from 256 tokens. H200 at 256 / 512 / 1,024 / 2,048 /
+ *            4,096: 399 / 409 / 468 / 605 / 904 (floor by bytes 264), TP1 2,474 / 2,819 / 3,212 / 4,116 / 6,320
+ *            (2,114). H100, before 43 of TRIED: 510 / 520 / 587 / 730 / 1,063; TP1 3,552 / 3,624 / 4,018 / 4,598 /
+ *            6,603. TRIED 26, 29-34, 43-46.
  *   The figures are in configs/bench/moe-tp*-h100.json, beside the best rivals'; TRIED has what is not here.
  *
  * HOW

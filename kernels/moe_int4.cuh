@@ -69,6 +69,13 @@ struct stream_maps {
 	CUtensorMap gate_up, down;
 };
 
+/* One thread, before it waits for anything: what the first boxes need is not of the predecessor's. */
+__device__ __forceinline__ void prefetch_maps(const stream_maps &maps)
+{
+	ptx_prefetch_map(&maps.gate_up);
+	ptx_prefetch_map(&maps.down);
+}
+
 template <int T_, int RB_, int WR_, int W_, int REC_>
 struct tile {
 	static constexpr int T = T_;       /* places */
@@ -1151,6 +1158,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	if (threadIdx.x < 4)
 		s->minus[threadIdx.x] = threadIdx.x % 2 ? 0x80808080u : 0x80088008u;
 	if (threadIdx.x == 0) {
+		prefetch_maps(maps);
 		for (int i = 0; i < w.stages; i++) {
 			ptx_mbarrier_init(barrier_of(s->full, i), 1);
 			ptx_mbarrier_init(barrier_of(s->empty, i), L::W);
@@ -1227,6 +1235,18 @@ static inline cudaError_t map_weights(CUtensorMap *map, const kk_moe_args *a, co
 	return make_tensor_map(map, t);
 }
 
+/* A box is a stage of the tile's. */
+template <typename L>
+static cudaError_t make_stream_maps(stream_maps *maps, const kk_moe_args *a)
+{
+	cudaError_t rc = map_weights(&maps->gate_up, a, a->gate_up, a->gate_up_stride, 2 * a->intermediate, a->hidden,
+	                             L::ROWS / 16, L::PER);
+
+	return rc != cudaSuccess ? rc
+	                         : map_weights(&maps->down, a, a->down, a->down_stride, a->hidden, a->intermediate,
+	                                       L::DOWN_ROWS / 16, L::REC);
+}
+
 /* `more`: the kernel's arguments after the first. */
 template <typename L, typename Kernel, typename... More>
 static cudaError_t launch_stream(const kk_moe_args *a, Kernel kernel, int threads, cudaStream_t stream,
@@ -1260,12 +1280,8 @@ template <typename L>
 static cudaError_t launch_tile(const kk_moe_args *a, cudaStream_t stream)
 {
 	stream_maps maps;
-	cudaError_t rc = map_weights(&maps.gate_up, a, a->gate_up, a->gate_up_stride, 2 * a->intermediate, a->hidden,
-	                             L::ROWS / 16, L::PER);
+	cudaError_t rc = make_stream_maps<L>(&maps, a);
 
-	if (rc == cudaSuccess)
-		rc = map_weights(&maps.down, a, a->down, a->down_stride, a->hidden, a->intermediate,
-		                 L::DOWN_ROWS / 16, L::REC);
 	return rc != cudaSuccess ? rc : launch_stream<L>(a, moe_stream<L>, L::THREADS, stream, maps);
 }
 

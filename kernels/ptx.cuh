@@ -484,6 +484,33 @@ __device__ __forceinline__ void ptx_hold(uint32_t &v)
 	asm volatile("" : "+r"(v));
 }
 
+/* What all lanes of a warp, which are all here, have alike, and the compiler now knows to be alike. */
+__device__ __forceinline__ uint32_t ptx_uniform(uint32_t v)
+{
+	asm volatile("redux.sync.or.b32 %0, %0, 0xffffffff;" : "+r"(v));
+	return v;
+}
+
+/* threadIdx.x, read again: it is not always worth a register from one use to the next. */
+__device__ __forceinline__ uint32_t ptx_thread_again()
+{
+	uint32_t t;
+	asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+	return t;
+}
+
+/* True in one lane of a warp whose lanes are all here. */
+__device__ __forceinline__ bool ptx_elect()
+{
+	uint32_t one = 0;
+#if __CUDA_ARCH__ >= 900
+	asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+#else
+	__trap();
+#endif
+	return one;
+}
+
 /* Of shared memory; volatile, as ptx_load_matrices. */
 __device__ __forceinline__ uint4 ptx_load_shared(uint32_t address)
 {
@@ -688,38 +715,6 @@ __device__ __forceinline__ void ptx_wgmma_bf16<96>(float (&d)[12][4], const uint
 	               "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
 	               "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
 	               "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3])
-	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-	__trap();
-#endif
-}
-
-template <>
-__device__ __forceinline__ void ptx_wgmma_bf16<128>(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b)
-{
-#if PTX_SM90A
-	asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-	             "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-	             "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-	             "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-	             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-	             "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;"
-	             : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),
-	               "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),
-	               "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
-	               "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),
-	               "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),
-	               "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
-	               "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),
-	               "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3]),
-	               "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
-	               "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]),
-	               "+f"(d[10][0]), "+f"(d[10][1]), "+f"(d[10][2]), "+f"(d[10][3]),
-	               "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]), "+f"(d[11][3]),
-	               "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]),
-	               "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]),
-	               "+f"(d[14][0]), "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]),
-	               "+f"(d[15][0]), "+f"(d[15][1]), "+f"(d[15][2]), "+f"(d[15][3])
 	             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 #else
 	__trap();
