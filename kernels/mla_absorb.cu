@@ -175,6 +175,13 @@ enum {
 	WAYS = 8, /* sums of a column: of runs 0, 8, ..., of runs 1, 9, ... */
 };
 
+/* Turns of the ways whose loads the only token has on their way together. Before sm_90 four spill. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+enum { MOST_DEEP = 2 };
+#else
+enum { MOST_DEEP = WAYS };
+#endif
+
 struct combine_smem {
 	__nv_bfloat16 latent[COMBINE_TOKENS][LATENT_PITCH]; /* padded: rows spread over banks */
 	float weight[COMBINE_TOKENS][MAX_SPLITS];
@@ -346,10 +353,11 @@ __device__ __forceinline__ void put_together(combine_smem *m, const kk_mla_decod
 
 	if (first + 1 == a.seqs) {
 		constexpr int SHARES = GROUPS < WAYS ? GROUPS : WAYS;
+		constexpr int DEEP = SHARES < MOST_DEEP ? SHARES : MOST_DEEP;
 		float4 sum[WAYS / SHARES], all[WAYS];
 
 		if (group < SHARES) {
-			sum_ways<SHARES, SHARES>(sum, m->weight[0], partial, group, m->runs[0]);
+			sum_ways<SHARES, DEEP>(sum, m->weight[0], partial, group, m->runs[0]);
 #pragma unroll
 			for (int k = 0; k < WAYS / SHARES; k++)
 				m->way[group + k * SHARES][quad] = sum[k];

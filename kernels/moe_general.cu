@@ -25,6 +25,14 @@
 
 enum { GENERAL_WARPS = 8, MAP_THREADS = 256, RECORD_ROWS = 16, RECORD_COLS = 128, RECORD_CODES = 1024 };
 
+/* Blocks of a multiprocessor that ptxas must leave registers for, 0: as it likes. Before sm_89 an e4m3 is widened by
+ * many instructions, and ptxas, left to itself, spills some of them for the sake of more blocks. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+enum { FP8_BLOCKS = 1 };
+#else
+enum { FP8_BLOCKS = 0 };
+#endif
+
 __global__ void __launch_bounds__(MAP_THREADS)
 moe_map(const int32_t *ids, const int32_t *map, int global_experts, int32_t *to, int places)
 {
@@ -187,7 +195,8 @@ __device__ __forceinline__ int expert_of(const kk_moe_general_args &a, size_t pl
 }
 
 template <kk_moe_type W>
-__global__ void __launch_bounds__(32 * GENERAL_WARPS) general_up(const __grid_constant__ kk_moe_general_args a)
+__global__ void __launch_bounds__(32 * GENERAL_WARPS, W == KK_MOE_FP8 ? FP8_BLOCKS : 0)
+general_up(const __grid_constant__ kk_moe_general_args a)
 {
 	int i = blockIdx.x * GENERAL_WARPS + threadIdx.x / 32;
 	size_t places = (size_t)a.tokens * a.top_k;
@@ -214,7 +223,8 @@ __global__ void __launch_bounds__(32 * GENERAL_WARPS) general_up(const __grid_co
 }
 
 template <kk_moe_type W>
-__global__ void __launch_bounds__(32 * GENERAL_WARPS) general_down(const __grid_constant__ kk_moe_general_args a)
+__global__ void __launch_bounds__(32 * GENERAL_WARPS, W == KK_MOE_FP8 ? FP8_BLOCKS : 0)
+general_down(const __grid_constant__ kk_moe_general_args a)
 {
 	int i = blockIdx.x * GENERAL_WARPS + threadIdx.x / 32;
 	size_t places = (size_t)a.tokens * a.top_k;

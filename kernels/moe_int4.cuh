@@ -40,6 +40,7 @@ struct stream_smem {
 	float weights[DIRECT_PLACES];
 	__align__(16) uint32_t minus[4];
 	int tiles, places_here;
+	int round_down;                        /* thread 0's own: not worth a register from start to end */
 };
 static_assert(sizeof(stream_smem) <= 12 * 1024, "the plan's allowance");
 
@@ -1141,7 +1142,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	stream_smem *s = (stream_smem *)smem;
 	float *sums = (float *)(smem + 12 * 1024);
 	char *base = smem + 12 * 1024 + a.sums_bytes;
-	int warp = threadIdx.x / 32, most = min(a.tokens, L::T), round_up, round_down;
+	int warp = threadIdx.x / 32, most = min(a.tokens, L::T), round_up;
 	stream_work w;
 
 	w.group_shift = a.group == 32 ? 0 : a.group == 64 ? 1 : 2;
@@ -1173,7 +1174,6 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	ptx_release_successor();
 	ptx_wait_predecessor();
 	round_up = round_of(a.sync);
-	round_down = round_of(a.sync + SYNC_STRIDE);
 	if (a.inside) {
 		if (a.tokens * a.top_k > WARP_PLACES) {
 			sort_inside(a, s, most);
@@ -1185,7 +1185,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		w.tiles = s->tiles;
 	} else {
 		w.tiles = __ldcg(a.total) / L::T;
-		__syncthreads(); /* the block's barriers are ready; the rounds were read before anybody arrives */
+		__syncthreads(); /* the block's barriers are ready; the round was read before anybody arrives */
 	}
 	divide<L>(a, w);
 	if (warp == L::W) {
@@ -1196,6 +1196,8 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		rings q = {{0, 0, w.stages}, {0, 0, w.x_stages}};
 		lane_parts p = lane_records(threadIdx.x % 32, w.group_shift, ptx_shared_address(s->minus));
 
+		if (threadIdx.x == 0 && !a.direct)
+			s->round_down = round_of(a.sync + SYNC_STRIDE); /* which cannot end without this block */
 		multiply_up<L>(a, w, s, p, warp, sums, q);
 		if (a.direct || !a.ready) {
 			ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's activations are stored */
@@ -1214,7 +1216,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's parts are stored */
 		if (threadIdx.x == 0) {
 			arrive_round(a.sync + SYNC_STRIDE);
-			wait_round(a.sync + SYNC_STRIDE, round_down);
+			wait_round(a.sync + SYNC_STRIDE, s->round_down);
 		}
 		ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
 		clear_ready(a, w.tiles, 32 * L::W);
