@@ -134,30 +134,57 @@ __device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem)
 	}
 }
 
+__device__ __forceinline__ uint32_t pack(float lo, float hi)
+{
+	__nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+
+	return *(uint32_t *)&v;
+}
+
+/* All pieces on their way at once. */
 __device__ __forceinline__ void give_x(const slab_run &r, char *x, int thread)
 {
 	int pieces = r.a.linear.w[0].cols / 8;
 
-	for (int i = thread; i < r.a.linear.tokens * pieces; i += CONSUMERS) {
-		int t = i / pieces, piece = i - t * pieces;
+	for (int t = 0; t < r.a.linear.tokens; t++) {
+		const char *from = (const char *)r.a.linear.x + (size_t)t * r.a.linear.x_stride * 2;
+		uint32_t to = ptx_shared_address(x + t * r.cut.x_pitch);
 
-		*(uint4 *)(x + t * r.cut.x_pitch + piece * 16) =
-			ptx_load_fresh((const __nv_bfloat16 *)r.a.linear.x +
-		                       (size_t)t * r.a.linear.x_stride + piece * 8);
+		for (int i = thread; i < pieces; i += CONSUMERS)
+			ptx_copy_async(to + i * 16, from + i * 16);
 	}
+	ptx_copy_wait_all();
 }
 
+__device__ __forceinline__ float silu_times(float g, float up)
+{
+	return g / (1.0f + expf(-g)) * up;
+}
+
+/* A warp's token, when there are as many as warps; FOURS of a lane's on their way at once. */
 __device__ __forceinline__ void silu_x(const slab_run &r, char *x, int thread)
 {
-	int cols = r.a.linear.w[0].cols;
+	constexpr int FOURS = 4;
+	int fours = r.a.linear.w[0].cols / 4, warps = WARPS / r.a.linear.tokens;
+	int t = thread / 32 / warps, first = thread - t * warps * 32, hop = warps * 32;
 
-	for (int i = thread; i < r.a.linear.tokens * cols; i += CONSUMERS) {
-		int t = i / cols, c = i - t * cols;
-		float g = __ldcg(r.a.a + (size_t)t * r.a.a_stride + c);
-		float up = __ldcg(r.a.b + i);
+	if (t >= r.a.linear.tokens)
+		return;
+	const float4 *gate = (const float4 *)(r.a.a + (size_t)t * r.a.a_stride);
+	const float4 *up = (const float4 *)(r.a.b + (size_t)t * fours * 4);
+	for (int i = first; i < fours; i += FOURS * hop) {
+		float4 g[FOURS], u[FOURS];
 
-		((__nv_bfloat16 *)(x + t * r.cut.x_pitch))[c] =
-			__float2bfloat16(g / (1.0f + expf(-g)) * up);
+#pragma unroll
+		for (int k = 0; k < FOURS; k++)
+			if (i + k * hop < fours)
+				g[k] = __ldcg(gate + i + k * hop), u[k] = __ldcg(up + i + k * hop);
+#pragma unroll
+		for (int k = 0; k < FOURS; k++)
+			if (i + k * hop < fours)
+				*(uint2 *)(x + t * r.cut.x_pitch + (i + k * hop) * 8) = make_uint2(
+					pack(silu_times(g[k].x, u[k].x), silu_times(g[k].y, u[k].y)),
+					pack(silu_times(g[k].z, u[k].z), silu_times(g[k].w, u[k].w)));
 	}
 }
 
@@ -190,13 +217,6 @@ __device__ __forceinline__ float add_squares(float sum, float4 v)
 	sum = __fmaf_rn(v.y, v.y, sum);
 	sum = __fmaf_rn(v.z, v.z, sum);
 	return __fmaf_rn(v.w, v.w, sum);
-}
-
-__device__ __forceinline__ uint32_t pack(float lo, float hi)
-{
-	__nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
-
-	return *(uint32_t *)&v;
 }
 
 template <int KEPT>
@@ -313,6 +333,8 @@ __device__ __forceinline__ slab_rows<GROUPS> find_rows(int rows, int warp, int l
 
 		at.upper[e] = find_piece(line + min(first, rows - 1), lane);
 		at.lower[e] = find_piece(line + min(first + 8, rows - 1), lane);
+		ptx_hold(at.upper[e]); /* here, and not when x is there */
+		ptx_hold(at.lower[e]);
 	}
 	return at;
 }
@@ -358,47 +380,57 @@ __device__ __forceinline__ float join_lines(const slab_sums<GROUPS> &sum, int i)
 	return GROUPS == 1 ? all : all + join_line(sum.d[GROUPS - 1], i);
 }
 
-__device__ __forceinline__ void store(const kk_linear_args &a, int weight, int t, int row, float v)
-{
-	size_t at = (size_t)t * a.y_stride[weight] + row;
+/* A result's place: a warp has a token, a lane a row of the slab. */
+struct slab_place {
+	bool mine;
+	size_t at;
+	float before; /* what the product is added to; on its way while the slab is multiplied */
+};
 
-	if (a.y_bf16)
-		((__nv_bfloat16 *)a.y[weight])[at] = __float2bfloat16(v);
-	else
-		((float *)a.y[weight])[at] =
-			a.accumulate ? __ldcg((const float *)a.y[weight] + at) + v : v;
+__device__ __forceinline__ slab_place find_place(const kk_linear_args &a, const slab &s, int warp, int lane)
+{
+	slab_place p = {warp < a.tokens && lane < s.rows,
+	                (size_t)warp * a.y_stride[s.weight] + s.first + lane, 0.0f};
+
+	if (p.mine && a.accumulate)
+		p.before = __ldcg((const float *)a.y[s.weight] + p.at);
+	return p;
 }
 
-/* parts: [WARPS][8 tokens][16 rows and room]; a warp stores a token, a lane a row. */
+/* parts: [WARPS][8 tokens][16 rows and room] */
 template <int GROUPS>
-__device__ __forceinline__ void store_slab(const slab_run &r, const slab &s, const float *parts, int warp,
-                                           int lane)
+__device__ __forceinline__ void store_slab(const kk_linear_args &a, const slab &s, const slab_place &to,
+                                           const float *parts, int warp, int lane)
 {
 	const float *p = parts + (lane / 16 * MOST_TOKENS + warp) * PART_PITCH + lane % 16;
 	constexpr int NEXT = GROUPS * MOST_TOKENS * PART_PITCH;
-	float q[4];
+	float q[4], v;
 
-	if (warp >= r.a.linear.tokens || lane >= s.rows)
+	if (!to.mine)
 		return;
 #pragma unroll
 	for (int k = 0; k < 4; k++)
 		q[k] = GROUPS == 1 ? p[k * NEXT] + p[(k + 4) * NEXT] : p[k * NEXT];
-	store(r.a.linear, s.weight, warp, s.first + lane, (q[0] + q[2]) + (q[1] + q[3]));
+	v = (q[0] + q[2]) + (q[1] + q[3]);
+	if (a.y_bf16)
+		((__nv_bfloat16 *)a.y[s.weight])[to.at] = __float2bfloat16(v);
+	else
+		((float *)a.y[s.weight])[to.at] = a.accumulate ? to.before + v : v;
 }
 
 template <int GROUPS>
-__device__ __forceinline__ void multiply_slabs(const slab_run &r, char *smem, uint32_t address,
-                                               int thread)
+__device__ __forceinline__ void multiply_slabs(const slab_run &r, const slab_rows<GROUPS> &at, char *smem,
+                                               uint32_t address, int thread)
 {
 	int warp = thread / 32, lane = thread % 32, first = warp / GROUPS;
 	int cols = r.a.linear.w[0].cols, turn = 0, hop = r.cut.rows * STEP * 2;
-	slab_rows<GROUPS> at = find_rows<GROUPS>(r.cut.rows, warp, lane);
 	slab_ring ring = {0, 0};
 	const char *x = smem + AT_X + min(lane / 4, r.a.linear.tokens - 1) * r.cut.x_pitch +
 	                first * LINE_BYTES + lane % 4 * 32;
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x, turn ^= 1) {
 		slab s = find_slab(r, i);
+		slab_place to = find_place(r.a.linear, s, warp, lane);
 		float *parts = (float *)(smem + AT_PARTS + turn * PARTS_BYTES);
 		slab_sums<GROUPS> sum = {};
 
@@ -417,7 +449,7 @@ __device__ __forceinline__ void multiply_slabs(const slab_run &r, char *smem, ui
 			parts[(warp * MOST_TOKENS + lane % 4 * 2 + k % 2) * PART_PITCH + lane / 4 + k / 2 * 8] =
 				join_lines<GROUPS>(sum, k);
 		ptx_barrier_some(1, CONSUMERS); /* the parts are written; those of two slabs ago were read */
-		store_slab<GROUPS>(r, s, parts, warp, lane);
+		store_slab<GROUPS>(r.a.linear, s, to, parts, warp, lane);
 	}
 }
 
@@ -445,8 +477,9 @@ linear_slab(const __grid_constant__ slab_run r)
 			fetch_slabs(r, address);
 		return;
 	}
+	slab_rows<GROUPS> at = find_rows<GROUPS>(r.cut.rows, thread / 32, thread % 32);
 	make_x<FORM>(r, smem, thread);
-	multiply_slabs<GROUPS>(r, smem, address, thread);
+	multiply_slabs<GROUPS>(r, at, smem, address, thread);
 }
 
 static int x_pitch_of(int cols)
