@@ -21,50 +21,72 @@ enum { KEPT = 4, MOST_THREADS = 512 };
 __device__ __forceinline__ float sum_block(float v)
 {
 	__shared__ float warps[MOST_THREADS / 32];
+	int count = (int)blockDim.x / 32;
 	float sum = 0.0f;
 
 	v = sum_lanes(v);
 	if (threadIdx.x % 32 == 0)
 		warps[threadIdx.x / 32] = v;
 	__syncthreads(); /* the warps' sums are written */
-	for (int i = 0; i < (int)blockDim.x / 32; i++)
-		sum += warps[i];
+#pragma unroll
+	for (int i = 0; i < MOST_THREADS / 32; i++)
+		if (i < count)
+			sum += warps[i];
 	return sum;
 }
 
-/* Elements i to i + 3, zeros from `size` on; `whole`: all rows begin at multiples of 16 bytes, and
- * end there. */
-__device__ __forceinline__ float4 load4(const float *row, int i, int size, bool whole)
+/* Elements i to i + 3, zeros from `size` on; WHOLE: all rows begin at multiples of four, and end there. */
+template <bool WHOLE>
+__device__ __forceinline__ float4 load4(const float *row, int i, int size)
 {
-	float v[4] = {};
+	float4 v = make_float4(0, 0, 0, 0);
 
-	if (whole)
-		return i < size ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);
+	if (WHOLE && i < size)
+		v = *(const float4 *)(row + i);
 #pragma unroll
-	for (int j = 0; j < 4; j++)
-		v[j] = i + j < size ? row[i + j] : 0.0f;
-	return make_float4(v[0], v[1], v[2], v[3]);
-}
-
-__device__ __forceinline__ void store4(float *row, int i, int size, bool whole, float4 v)
-{
-	if (whole && i < size)
-		*(float4 *)(row + i) = v;
-	for (int j = 0; !whole && j < 4 && i + j < size; j++)
-		row[i + j] = (&v.x)[j];
-}
-
-__device__ __forceinline__ float4 load_sum(float *residual, const float *delta, int i, int size,
-                                           bool whole)
-{
-	float4 v = load4(residual, i, size, whole), d;
-
-	if (!delta)
-		return v;
-	d = load4(delta, i, size, whole);
-	v = make_float4(v.x + d.x, v.y + d.y, v.z + d.z, v.w + d.w);
-	store4(residual, i, size, whole, v);
+	for (int j = 0; !WHOLE && j < 4; j++)
+		if (i + j < size)
+			(&v.x)[j] = row[i + j];
 	return v;
+}
+
+template <bool WHOLE>
+__device__ __forceinline__ void store4(float *row, int i, int size, float4 v)
+{
+	if (WHOLE && i < size)
+		*(float4 *)(row + i) = v;
+#pragma unroll
+	for (int j = 0; !WHOLE && j < 4; j++)
+		if (i + j < size)
+			row[i + j] = (&v.x)[j];
+}
+
+__device__ __forceinline__ float4 add(float4 a, float4 b)
+{
+	return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+/* FOURS fours, `hop` apart, of residual, and of its sum with delta: all loads before the first store,
+ * which they might alias. */
+template <bool WHOLE, int FOURS>
+__device__ __forceinline__ void load_sums(float4 (&v)[FOURS], float *residual, const float *delta, int i, int hop,
+                                          int size)
+{
+	float4 d[FOURS];
+
+#pragma unroll
+	for (int k = 0; k < FOURS; k++)
+		v[k] = load4<WHOLE>(residual, i + k * hop, size);
+	if (!delta)
+		return;
+#pragma unroll
+	for (int k = 0; k < FOURS; k++)
+		d[k] = load4<WHOLE>(delta, i + k * hop, size);
+#pragma unroll
+	for (int k = 0; k < FOURS; k++) {
+		v[k] = add(v[k], d[k]);
+		store4<WHOLE>(residual, i + k * hop, size, v[k]);
+	}
 }
 
 __device__ __forceinline__ float add_squares(float sum, float4 v)
@@ -75,49 +97,61 @@ __device__ __forceinline__ float add_squares(float sum, float4 v)
 	return __fmaf_rn(v.w, v.w, sum);
 }
 
-__device__ __forceinline__ void put_row(const kk_norm_args &a, __nv_bfloat16 *y, int i, float4 v,
-                                        float factor, bool whole)
+template <bool WHOLE>
+__device__ __forceinline__ void put4(__nv_bfloat16 *y, int i, int size, float4 v, float4 w, float factor)
 {
-	float4 w = load4(a.weight, i, a.size, whole);
+	alignas(8) __nv_bfloat16 four[4];
 
 #pragma unroll
 	for (int j = 0; j < 4; j++)
-		if (i + j < a.size)
-			y[i + j] = __float2bfloat16((&v.x)[j] * factor * (&w.x)[j]);
+		four[j] = __float2bfloat16((&v.x)[j] * factor * (&w.x)[j]);
+	if (WHOLE && i < size)
+		*(uint2 *)(y + i) = *(const uint2 *)four;
+#pragma unroll
+	for (int j = 0; !WHOLE && j < 4; j++)
+		if (i + j < size)
+			y[i + j] = four[j];
 }
 
+template <bool WHOLE>
 __global__ void __launch_bounds__(MOST_THREADS) norm_rows(kk_norm_args a)
 {
 	float *residual = a.residual + (size_t)blockIdx.x * a.residual_stride;
 	const float *delta = a.delta ? a.delta + (size_t)blockIdx.x * a.size : NULL;
 	__nv_bfloat16 *y = (__nv_bfloat16 *)a.y + (size_t)blockIdx.x * a.y_stride;
 	int first = threadIdx.x * 4, hop = blockDim.x * 4;
-	bool whole = a.size % 4 == 0 && a.residual_stride % 4 == 0;
-	float4 kept[KEPT];
+	float4 kept[KEPT], weight[KEPT], more[1];
 	float sum = 0.0f, factor;
 
 	ptx_release_successor();
-	ptx_wait_predecessor();
 #pragma unroll
 	for (int k = 0; k < KEPT; k++)
-		kept[k] = load_sum(residual, delta, first + k * hop, a.size, whole);
+		weight[k] = load4<WHOLE>(a.weight, first + k * hop, a.size);
+	ptx_wait_predecessor();
+	load_sums<WHOLE>(kept, residual, delta, first, hop, a.size);
 #pragma unroll
 	for (int k = 0; k < KEPT; k++)
 		sum = add_squares(sum, kept[k]);
-	for (int i = first + KEPT * hop; i < a.size; i += hop)
-		sum = add_squares(sum, load_sum(residual, delta, i, a.size, whole));
+#pragma unroll 1
+	for (int i = first + KEPT * hop; i < a.size; i += hop) {
+		load_sums<WHOLE>(more, residual, delta, i, hop, a.size);
+		sum = add_squares(sum, more[0]);
+	}
 	factor = 1.0f / sqrtf(sum_block(sum) / (float)a.size + a.eps);
 #pragma unroll
 	for (int k = 0; k < KEPT; k++)
-		put_row(a, y, first + k * hop, kept[k], factor, whole);
+		put4<WHOLE>(y, first + k * hop, a.size, kept[k], weight[k], factor);
+#pragma unroll 1
 	for (int i = first + KEPT * hop; i < a.size; i += hop)
-		put_row(a, y, i, load4(residual, i, a.size, whole), factor, whole);
+		put4<WHOLE>(y, i, a.size, load4<WHOLE>(residual, i, a.size), load4<WHOLE>(a.weight, i, a.size),
+		            factor);
 }
 
 cudaError_t kk_norm(const kk_norm_args *a, cudaStream_t stream)
 {
+	bool whole = a->size % 4 == 0 && a->residual_stride % 4 == 0 && a->y_stride % 4 == 0;
 	int threads = (a->size + 3) / 4;
 
 	threads = threads > MOST_THREADS ? (int)MOST_THREADS : (threads + 31) / 32 * 32;
-	return launch(norm_rows, dim3(a->tokens), threads, a->pdl, stream, *a);
+	return launch(whole ? norm_rows<true> : norm_rows<false>, dim3(a->tokens), threads, a->pdl, stream, *a);
 }
