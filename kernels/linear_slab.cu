@@ -72,7 +72,8 @@ enum {
 
 static_assert(MOST_GROUPS * 16 <= 32 && MOST_TOKENS <= WARPS, "a lane a row, a warp a token");
 
-enum slab_form { FORM_GIVEN, FORM_NORM, FORM_NORM_LONG, FORM_SILU };
+/* A norm of one long row leaves registers to the next launch's blocks, which a norm of several needs. */
+enum slab_form { FORM_GIVEN, FORM_NORM, FORM_NORM_LONG, FORM_NORM_ROWS, FORM_SILU };
 
 /* How the work is cut; the same for every block. */
 struct slab_cut {
@@ -219,46 +220,75 @@ __device__ __forceinline__ float add_squares(float sum, float4 v)
 	return __fmaf_rn(v.w, v.w, sum);
 }
 
+/* A warp's share of a row's sum of squares: two of norm.cu's warps'. */
 template <int KEPT>
-__device__ __forceinline__ void norm_row(const slab_run &r, const norm_fours<KEPT> &w, int t, char *x,
-                                         float *sums, int thread)
+__device__ __forceinline__ void sum_fours(const norm_fours<KEPT> &f, float *sums, int thread)
 {
-	int size = r.a.linear.w[0].cols;
-	int threads = min((int)NORM_THREADS, ((size + 3) / 4 + 31) / 32 * 32);
-	norm_fours<KEPT> kept;
-	float all = 0.0f;
-
-	load_fours(kept, r.a.a + (size_t)t * r.a.a_stride, size, threads, thread);
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
 		float sum = 0.0f;
 
 #pragma unroll
 		for (int k = 0; k < KEPT; k++)
-			sum = add_squares(sum, kept.v[h][k]);
+			sum = add_squares(sum, f.v[h][k]);
 		sum = sum_lanes(sum);
 		if (thread % 32 == 0)
 			sums[h * WARPS + thread / 32] = sum;
 	}
-	ptx_barrier_some(1, CONSUMERS); /* the warps' sums are written */
-	for (int i = 0; i < threads / 32; i++)
+}
+
+/* sums: of all of norm.cu's warps, zeros for those that a short row has not */
+template <int KEPT>
+__device__ __forceinline__ void scale_fours(const norm_fours<KEPT> &f, const norm_fours<KEPT> &w,
+                                            const float *sums, float eps, int size, int threads, char *x,
+                                            int thread)
+{
+	float all = 0.0f;
+
+#pragma unroll
+	for (int i = 0; i < 2 * WARPS; i++)
 		all += sums[i];
-	float factor = 1.0f / sqrtf(all / (float)size + r.a.eps);
+	float factor = 1.0f / sqrtf(all / (float)size + eps);
 #pragma unroll
 	for (int h = 0; h < 2; h++)
 #pragma unroll
 		for (int k = 0; k < KEPT; k++) {
 			int place = thread + h * CONSUMERS, i = (k * threads + place) * 4;
-			float4 v = kept.v[h][k], n = w.v[h][k];
+			float4 v = f.v[h][k], n = w.v[h][k];
 
 			if (place < threads && i < size)
-				*(uint2 *)(x + t * r.cut.x_pitch + i * 2) =
+				*(uint2 *)(x + i * 2) =
 					make_uint2(pack(v.x * factor * n.x, v.y * factor * n.y),
 				                   pack(v.z * factor * n.z, v.w * factor * n.w));
 		}
 }
 
-template <int KEPT>
+/* ROWS rows from `first` on, all on their way at once. */
+template <int KEPT, int ROWS>
+__device__ __forceinline__ void norm_rows(const slab_run &r, const norm_fours<KEPT> &w, int first, int threads,
+                                          char *smem, int thread)
+{
+	int size = r.a.linear.w[0].cols, rows = r.a.linear.tokens - first;
+	float *sums = (float *)(smem + AT_PARTS) + first * 2 * WARPS;
+	norm_fours<KEPT> kept[ROWS];
+
+#pragma unroll
+	for (int t = 0; t < ROWS; t++)
+		if (t < rows)
+			load_fours(kept[t], r.a.a + (size_t)(first + t) * r.a.a_stride, size, threads, thread);
+#pragma unroll
+	for (int t = 0; t < ROWS; t++)
+		if (t < rows)
+			sum_fours(kept[t], sums + t * 2 * WARPS, thread);
+	ptx_barrier_some(1, CONSUMERS); /* the warps' sums are written */
+#pragma unroll
+	for (int t = 0; t < ROWS; t++)
+		if (t < rows)
+			scale_fours(kept[t], w, sums + t * 2 * WARPS, r.a.eps, size, threads,
+			            smem + AT_X + (first + t) * r.cut.x_pitch, thread);
+}
+
+template <int KEPT, int ROWS>
 __device__ __forceinline__ void norm_x(const slab_run &r, char *smem, int thread)
 {
 	int size = r.a.linear.w[0].cols;
@@ -267,9 +297,13 @@ __device__ __forceinline__ void norm_x(const slab_run &r, char *smem, int thread
 
 	load_fours(w, r.a.b, size, threads, thread);
 	turn_wait(r.a.turn);
+	if (r.a.linear.tokens == 1) {
+		norm_rows<KEPT, 1>(r, w, 0, threads, smem, thread);
+	} else if constexpr (ROWS > 1) {
 #pragma unroll 1
-	for (int t = 0; t < r.a.linear.tokens; t++)
-		norm_row(r, w, t, smem + AT_X, (float *)(smem + AT_PARTS) + t * 2 * WARPS, thread);
+		for (int t = 0; t < r.a.linear.tokens; t += ROWS)
+			norm_rows<KEPT, ROWS>(r, w, t, threads, smem, thread);
+	}
 }
 
 /* The x that was made, a share by each block. */
@@ -290,8 +324,10 @@ __device__ __forceinline__ void make_x(const slab_run &r, char *smem, int thread
 {
 	char *x = smem + AT_X;
 
-	if constexpr (FORM == FORM_NORM || FORM == FORM_NORM_LONG) {
-		norm_x<FORM == FORM_NORM ? 1 : 4>(r, smem, thread);
+	if constexpr (FORM == FORM_NORM) {
+		norm_x<1, MOST_TOKENS>(r, smem, thread);
+	} else if constexpr (FORM == FORM_NORM_LONG || FORM == FORM_NORM_ROWS) {
+		norm_x<4, FORM == FORM_NORM_LONG ? 1 : 2>(r, smem, thread);
 	} else {
 		turn_wait(r.a.turn);
 		if constexpr (FORM == FORM_SILU)
@@ -454,7 +490,7 @@ __device__ __forceinline__ void multiply_slabs(const slab_run &r, const slab_row
 }
 
 template <int GROUPS, int FORM>
-__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG ? 1 : 2)
+__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG || FORM == FORM_NORM_ROWS ? 1 : 2)
 linear_slab(const __grid_constant__ slab_run r)
 {
 	extern __shared__ __align__(1024) char smem[];
@@ -591,8 +627,9 @@ static cudaError_t launch_slab(const slab_run *r, int blocks, cudaStream_t strea
 	bool is_long = r->a.linear.w[0].cols > NORM_SHORT;
 	void (*kernel)(slab_run) = r->a.from == KK_X_SILU    ? linear_slab<GROUPS, FORM_SILU>
 	                           : r->a.from == KK_X_GIVEN ? linear_slab<GROUPS, FORM_GIVEN>
-	                           : is_long ? linear_slab<GROUPS, FORM_NORM_LONG>
-	                                     : linear_slab<GROUPS, FORM_NORM>;
+	                           : !is_long                ? linear_slab<GROUPS, FORM_NORM>
+	                           : r->a.linear.tokens == 1 ? linear_slab<GROUPS, FORM_NORM_LONG>
+	                                                     : linear_slab<GROUPS, FORM_NORM_ROWS>;
 	size_t bytes = (size_t)r->cut.at_stages + (size_t)r->cut.stages * r->cut.stage_bytes;
 	cudaLaunchAttribute attribute = {};
 	cudaLaunchConfig_t config = {};

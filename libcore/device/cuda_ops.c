@@ -22,7 +22,7 @@ static bool overlaps(const km_cuda *cuda)
  * what the streaming form's 8 do. For fp8 the copy to bf16 comes on top, so the streaming form goes on
  * to the rows that it does in one pass. The general form ends where a copy costs less.
  */
-enum { STREAM_BF16_ROWS = 8, STREAM_FP8_ROWS = 32, GENERAL_ROWS = 8, NORM_ROWS = 2 };
+enum { STREAM_BF16_ROWS = 8, STREAM_FP8_ROWS = 32, GENERAL_ROWS = 8, NORM_VALUES = 4 * 7168 };
 
 static int most_rows(const km_weight *w)
 {
@@ -141,7 +141,8 @@ static int ours(km_cuda *cuda, enum km_linear_form form, const km_cuda_linear *a
 	               "linear layer", err);
 }
 
-/* Each block of a launch makes all of x for itself: not worth it for many rows of a norm. */
+/* Each block of a launch makes all of x for itself: not worth it for many values of a norm, which 132
+ * blocks read as f32 and not as bf16. */
 bool km_cuda_linear_makes_x(const km_cuda_linear *a, const km_linear_device *device)
 {
 	enum kk_x_from from = a->from == KM_X_NORM ? KK_X_NORM : KK_X_SILU;
@@ -150,7 +151,7 @@ bool km_cuda_linear_makes_x(const km_cuda_linear *a, const km_linear_device *dev
 		if (km_linear_plan(a->w[i], a->tokens, device) != KM_LINEAR_SLAB ||
 		    !kk_linear_slab_fits(a->w[i], a->tokens, from))
 			return false;
-	return a->from == KM_X_SILU || (a->from == KM_X_NORM && a->tokens <= NORM_ROWS);
+	return a->from == KM_X_SILU || (a->from == KM_X_NORM && a->tokens * a->w[0]->cols <= NORM_VALUES);
 }
 
 int km_cuda_ops_make_x(km_cuda *cuda, const km_cuda_linear *a, km_err *err)

@@ -6,7 +6,8 @@
  * (device/turn.h) has no time of its own.
  *
  * Then each launch of slabs alone, cut in several ways, and the head's slice. At the end lines that
- * begin with "best" sum it up.
+ * begin with "best" sum it up. With several tokens it says from how many on norms are launches of their own
+ * (device/cuda_ops.c), and what rows of attention that do not run at once cost.
  *
  * bench_gpu_layer [TOKENS [CONTEXT]], default 1 1024; the median of replays, by events.
  */
@@ -239,6 +240,7 @@ static kk_mla_decode_args decode_of(const layer *l)
 
 OP(norm) { (void)l; return run_norm(stream, delta, HIDDEN, normed); }
 OP(a) { return run_stream(linear_of(&l->q_a, &l->kv_a, q_a, kv_a), normed); }
+OP(norm_only) { (void)l; return run_norm(stream, NULL, HIDDEN, normed); }
 OP(q_norm) { (void)l; return run_norm(q_a, NULL, Q_LORA, q_a_normed); }
 OP(q_b)
 {
@@ -306,6 +308,14 @@ OP(slab_q_b)
 	a.linear.y_bf16 = true;
 	return run_slab(a);
 }
+OP(slab_q_b_given)
+{
+	kk_linear_slab_args a = { .linear = linear_of(&l->q_b, NULL, q, NULL) };
+
+	a.linear.x = q_a_normed;
+	a.linear.y_bf16 = true;
+	return run_slab(a);
+}
 OP(slab_o)
 {
 	kk_linear_slab_args a = { .linear = linear_of(&l->o, NULL, stream, NULL) };
@@ -325,6 +335,17 @@ OP(slab_gate_up_router)
 	kk_linear_slab_args a = { .linear = linear_of(&l->gate, &l->up, gate, up), .from = KK_X_NORM,
 		                  .a = stream, .b = norm, .a_stride = HIDDEN, .x_out = normed };
 
+	a.linear.w[2] = l->router;
+	a.linear.y[2] = scores;
+	a.linear.y_stride[2] = EXPERTS;
+	a.linear.weights = 3;
+	return run_slab(a);
+}
+OP(slab_gate_up_router_given)
+{
+	kk_linear_slab_args a = { .linear = linear_of(&l->gate, &l->up, gate, up) };
+
+	a.linear.x = normed;
 	a.linear.w[2] = l->router;
 	a.linear.y[2] = scores;
 	a.linear.y_stride[2] = EXPERTS;
@@ -442,6 +463,20 @@ static const op gate_beside[] = {
 	ATTENTION,
 	{ "o, add", op_slab_o, 14.7 },
 	{ "norm, .., router", op_slab_gate_up_router, 12.8 },
+	{ "silu, down, add", op_slab_down_holds, 3.7 },
+	{ "gate of experts", op_gate_beside, 0 },
+	{ 0 },
+};
+
+static const op norms_apart[] = {
+	{ "norm", op_norm_only, 0 },
+	{ "q_a, kv_a", op_slab_a_given, 30.3 },
+	{ "norm", op_q_norm, 0 },
+	{ "q_b", op_slab_q_b_given, 4.7 },
+	{ "kv, attention", op_cluster_rows, 3.3 },
+	{ "o, add", op_slab_o, 14.7 },
+	{ "norm", op_norm_only, 0 },
+	{ "gate, up, router", op_slab_gate_up_router_given, 12.8 },
 	{ "silu, down, add", op_slab_down_holds, 3.7 },
 	{ "gate of experts", op_gate_beside, 0 },
 	{ 0 },
@@ -592,7 +627,7 @@ static void show_cuts(void)
 
 int main(int argc, char **argv)
 {
-	double us[3];
+	double us[4];
 
 	if (argc > 1)
 		tokens = (int)strtol(argv[1], NULL, 10);
@@ -611,8 +646,9 @@ int main(int argc, char **argv)
 	us[0] = show("router apart", apart);
 	us[1] = show("router joined", joined);
 	us[2] = show("router joined, gate beside down", gate_beside);
-	printf("best: chain: router apart %.2f us, joined %.2f, gate beside down %.2f\n", us[0], us[1],
-	       us[2]);
+	us[3] = show("router joined, gate beside down, norms apart", norms_apart);
+	printf("best: chain: router apart %.2f us, joined %.2f, gate beside down %.2f, norms apart %.2f\n",
+	       us[0], us[1], us[2], us[3]);
 	show_cuts();
 	km_cuda_close(gpu);
 	return 0;
