@@ -3,8 +3,9 @@
  *
  * ROOFLINE
  *   2 bytes a weight. A K2.5 layer on one of eight GPUs (TP8) has 61 MB of dense weights: q_a and kv_a
- *   30.3 MB (9.8 us at H100's 3.10 TB/s), q_b 4.7 (1.5), o 14.7 (4.7), shared gate and up 7.3 (2.4), down
- *   3.7 (1.2). Between them stand norms and an attention that move nothing and wait for each other.
+ *   30.3 MB (9.8 us at H100's 3.10 TB/s, 6.7 at H200's 4.50), q_b 4.7 (1.5, 1.0), o 14.7 (4.7, 3.3),
+ *   shared gate and up 7.3 (2.4, 1.6), with the router 12.8 (4.1, 2.9), down 3.7 (1.2, 0.8); its share of the
+ *   head 294 MB (95, 65). Between them stand norms and an attention that move nothing and wait for each other.
  *
  * LADDER
  *   general, stream  linear.cu
@@ -18,6 +19,15 @@
  *                    All of a layer but router and experts, 1,024 cached tokens: 79 to 41, of which
  *                    mla_cluster.cu 3. What is missing: from launch to launch 1 us, and in each the
  *                    chain of x, its norm, products and sums, 1 to 2.
+ *                    H200, with a copy for each row of a stage (76cbd31, bench_gpu_layer 1 1056):
+ *                    norm, q_a and kv_a   9.3 (18.2)    share of 4.5 TB/s: 0.73
+ *                    norm, q_b (TP8)      3.6 (6.5)                        0.29
+ *                    o (TP8)              5.2 (8.0)                        0.63
+ *                    norm, gate, up (TP8) 6.4 (14.8), with the router 6.3  0.26, 0.46
+ *                    silu, down (TP8)     3.1 (5.5)                        0.27
+ *                    head's share (TP8)  84.9                              0.77
+ *                    All of a layer but router and experts, 1,056 cached tokens: 77.1 to 38.4; with the
+ *                    router's product, joined, and its gate, beside down, 37.9.
  *
  * A block has a slab of consecutive rows, which one lane asks the copy engine for as soon as the block
  * begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier

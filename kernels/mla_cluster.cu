@@ -10,7 +10,9 @@
  *   here            us on H100, launches overlapping, cold: 1 row of 1,024 tokens 6.7 (three launches
  *                   12), 4 rows 9.0; with this step's KV 7.2 and 9.4 (with rope_kv's launch 14 and 15). A
  *                   tile more in a block costs 3.5 (2,048 tokens in two tiles of 64: 10.2), so a tile is
- *                   as long as fits: one to 1,536 tokens, two to 3,072.
+ *                   as long as fits: one to 1,536 tokens, two to 3,072. On H200, 1 row of 1,056 tokens
+ *                   (76cbd31, bench_gpu_layer 1 1056): 7.0 and 7.6; three launches and rope_kv's, in the
+ *                   chain of a layer, 12.7.
  *
  * Block r of the 16 has head r / 2 for the products with kv_b: of W_kc half the columns, in registers,
  * of W_vc half the values, in shared memory, both on their way before the predecessor has ended; and
