@@ -254,9 +254,10 @@ static int decode(struct run *r, int32_t *tokens, km_bench_result *result, km_er
 
 static int warm_up(struct run *r, const km_bench_options *o, int32_t *tokens, km_err *err)
 {
-	int steps;
+	int steps, prompts = o->engine->backend == KM_BACKEND_CUDA ? 2 : 1;
 
-	if (!o->skip_prefill)
+	/* On a GPU the second step of a number of rows captures its graphs. */
+	for (int i = 0; i < prompts && !o->skip_prefill; i++)
 		KM_TRY(prefill(r, 1, tokens, &steps, err));
 	for (int i = 0; i < WARM_STEPS && r->shape.output > 1; i++) {
 		make_decode(r, r->shape.input, tokens);

@@ -20,7 +20,7 @@ typedef struct km_steps {
 	 * */
 	int (*begin)(km_model *m, const km_batch *batch, km_err *err);
 	/* Calls `run` with the batch, or does again what it enqueued for an earlier step of this
-	 * form. */
+	 * form, whole or in pieces. */
 	int (*replay)(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err);
 	int (*embed)(km_model *m, const km_batch *batch, km_err *err); /* the stream */
 	/* stream += delta, but for the first layer; norm; latent and rotated key into the cache. */

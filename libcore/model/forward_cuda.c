@@ -10,11 +10,10 @@
  * sent at once; then everything is enqueued, and the host waits once, for the tokens drawn or, of
  * rows that it draws from itself, the logits.
  *
- * A step that only generates is padded to one of few numbers of rows and of cached tokens (the
- * "form" of the step): rows of padding have no cached tokens, write no KV and select no expert. The
- * usual forms are captured at open; of others the first step is launched kernel by kernel, the
- * second is captured as it is launched, later ones replay the graph. Without graphs the steps are
- * padded all the same, so the kernels and the numbers are the same.
+ * A step is padded to one of few numbers of rows, unless it has very many, and is launched or replayed
+ * from graphs as model/gpu_graphs.c says. A step that only generates is padded all the way through,
+ * with sequences of no cached tokens that write no KV; of one with prompts only what lies between
+ * attention is. Rows of padding select no expert.
  *
  * The last layer: rows that nobody wants the logits of have their KV written and are left there;
  * the stream of the others moves to kept_stream, and q is computed for them alone. A step that
@@ -72,15 +71,32 @@ static int cut_prefill(const km_gpu *g, km_gpu_batch *b, const km_batch *batch, 
 	return 0;
 }
 
-static int pack_all(km_gpu *g, const km_batch *batch, size_t *at, km_err *err)
+/* `count` numbers, then `padding` up to `rows`. */
+static const int32_t *pack_padded(const km_gpu *g, size_t *at, const int32_t *from, int count,
+                                  int rows, int32_t padding)
+{
+	int32_t *to = (int32_t *)(void *)(g->staging + *at);
+
+	for (int i = 0; i < rows; i++)
+		to[i] = i < count ? from[i] : padding;
+	return pack_ids(g, at, NULL, rows);
+}
+
+/* A step to be padded to `rows`; 0: as it is. What graphs know comes first, at places that follow from
+ * the number of rows alone. */
+static int pack_all(km_gpu *g, const km_batch *batch, int rows, size_t *at, km_err *err)
 {
 	km_gpu_batch *b = &g->all;
+	int32_t valid = batch->tokens;
 
+	g->step = *batch;
+	g->step.tokens = rows ? rows : batch->tokens;
+	b->ids = pack_padded(g, at, batch->ids, batch->tokens, g->step.tokens, 0);
+	g->valid = rows ? pack_ids(g, at, &valid, 1) : NULL;
 	b->tokens = batch->tokens;
 	b->decode_seqs = batch->decode_seqs;
 	b->pages_per_seq = batch->pages_per_seq;
 	b->page_size = batch->page_size;
-	b->ids = pack_ids(g, at, batch->ids, batch->tokens);
 	b->positions = pack_ids(g, at, batch->positions, batch->tokens);
 	b->slots = pack_ids(g, at, batch->slots, batch->tokens);
 	b->kv_len = pack_ids(g, at, batch->kv_len, batch->seqs);
@@ -150,22 +166,6 @@ static int send(const km_gpu *g, const km_batch *batch, size_t bytes, km_err *er
 
 /* ---- steps that only generate ---- */
 
-enum { LEAST_LONGEST = 1024, MOST_GRAPH_ROWS = 256 };
-
-static int rounded_rows(int rows)
-{
-	return rows > 4 ? km_linear_rounded(rows) : rows > 2 ? 4 : rows;
-}
-
-static int rounded_length(const km_model *m, int longest)
-{
-	int length = LEAST_LONGEST;
-
-	while (length < longest)
-		length *= 2;
-	return length < m->options.max_context ? length : m->options.max_context;
-}
-
 static int longest_of(const km_batch *batch)
 {
 	int longest = 1;
@@ -176,27 +176,17 @@ static int longest_of(const km_batch *batch)
 }
 
 /* Every row a sequence of its own, and its logits wanted in order. */
-static bool only_generates(const km_model *m, const km_batch *batch)
+static bool only_generates(const km_gpu *g, const km_batch *batch)
 {
+	int rows = km_gpu_form_rows(batch->tokens);
+
 	if (batch->decode_seqs != batch->tokens || batch->logit_rows != batch->tokens ||
-	    rounded_rows(batch->tokens) > m->gpu->b.rows ||
-	    rounded_rows(batch->tokens) > m->gpu->b.logit_rows)
+	    rows > g->b.rows || rows > g->b.logit_rows)
 		return false;
 	for (int i = 0; i < batch->logit_rows; i++)
 		if (batch->logit_row[i] != i)
 			return false;
 	return true;
-}
-
-/* `count` numbers, then `padding` up to `rows`. */
-static const int32_t *pack_padded(const km_gpu *g, size_t *at, const int32_t *from, int count,
-                                  int rows, int32_t padding)
-{
-	int32_t *to = (int32_t *)(void *)(g->staging + *at);
-
-	for (int i = 0; i < rows; i++)
-		to[i] = i < count ? from[i] : padding;
-	return pack_ids(g, at, NULL, rows);
 }
 
 static const int32_t *pack_pages(const km_gpu *g, size_t *at, const km_batch *batch, int rows,
@@ -233,9 +223,9 @@ static void pack_generating(km_model *m, const km_batch *batch, int rows, size_t
 	b->prefill.waves = 0;
 	g->logit_from = NULL;
 	g->whole = true;
-	g->padded =
+	g->step =
 		(km_batch){ .tokens = rows, .seqs = rows, .decode_seqs = rows, .logit_rows = rows };
-	m->kept.batch = g->padded;
+	m->kept.batch = g->step;
 }
 
 static int begin(km_model *m, const km_batch *batch, km_err *err)
@@ -250,185 +240,20 @@ static int begin(km_model *m, const km_batch *batch, km_err *err)
 		               batch->pages_per_seq, g->b.pages);
 	g->stream = g->b.stream;
 	g->normed = g->b.normed;
-	g->generating = only_generates(m, batch);
+	g->generating = only_generates(g, batch);
 	if (g->generating) {
-		g->longest = rounded_length(m, longest_of(batch));
-		pack_generating(m, batch, rounded_rows(batch->tokens), &bytes);
+		g->longest = km_gpu_form_length(m, longest_of(batch));
+		pack_generating(m, batch, km_gpu_form_rows(batch->tokens), &bytes);
 		return send(g, batch, bytes, err);
 	}
-	g->valid = NULL;
 	g->longest = longest_of(batch);
 	g->whole = m->kept.batch.tokens == batch->tokens;
-	KM_TRY(pack_all(g, batch, &bytes, err));
+	KM_TRY(pack_all(g, batch, km_gpu_bucket_rows(m, batch->tokens), &bytes, err));
 	if (!g->whole)
 		KM_TRY(pack_kept(g, &m->kept, &bytes, err));
 	pack_logit_rows(g, &m->kept, batch, &bytes);
 	pack_draws(g, batch, batch->logit_rows, &bytes);
 	return send(g, batch, bytes, err);
-}
-
-/* The place of this form among those seen; NULL when there is no room for another. */
-static km_gpu_form *find_form(km_gpu *g)
-{
-	int rows = g->padded.tokens, page_size = g->all.page_size;
-
-	for (int i = 0; i < g->forms; i++)
-		if (g->form[i].rows == rows && g->form[i].longest == g->longest &&
-		    g->form[i].page_size == page_size)
-			return &g->form[i];
-	if (g->forms == KM_GPU_FORMS || rows > MOST_GRAPH_ROWS)
-		return NULL;
-	g->form[g->forms] =
-		(km_gpu_form){ .rows = rows, .longest = g->longest, .page_size = page_size };
-	return &g->form[g->forms++];
-}
-
-static int capture(km_model *m, km_gpu_form *form, km_run_steps *run, km_err *err)
-{
-	km_gpu *g = m->gpu;
-	int rc;
-
-	KM_TRY(km_cuda_capture_begin(g->cuda, err));
-	rc = run(m, &g->padded, err);
-	if (rc < 0) {
-		km_cuda_graph *broken = NULL;
-
-		if (km_cuda_capture_end(g->cuda, &broken, NULL) >= 0)
-			km_cuda_graph_free(broken);
-		return rc;
-	}
-	return km_cuda_capture_end(g->cuda, &form->graph, err);
-}
-
-static int run_or_replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
-{
-	km_gpu *g = m->gpu;
-	km_gpu_form *form;
-
-	if (!g->generating)
-		return run(m, batch, err);
-	form = m->options.disable_graphs ? NULL : find_form(g);
-	if (!form || !form->seen++)
-		return run(m, &g->padded, err);
-	if (!form->graph)
-		KM_TRY(capture(m, form, run, err));
-	g->replays++;
-	return km_cuda_graph_launch(g->cuda, form->graph, err);
-}
-
-static bool by_device(const km_batch *batch, int row)
-{
-	return batch->draw && batch->draw[row].by_device;
-}
-
-static int fetch_row(const km_model *m, int row, km_err *err)
-{
-	size_t vocab = (size_t)m->config.vocab_size, at = (size_t)row * vocab;
-
-	return km_cuda_fetch(m->gpu->cuda, m->gpu->logits + at, m->gpu->b.logits + at, vocab * 4,
-	                     err);
-}
-
-/* The step, and what of it comes to the host: the tokens, and the rows that the host draws from. */
-static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
-{
-	km_gpu *g = m->gpu;
-	int at = (int)((g->launched - 1) % 2);
-
-	KM_TRY(run_or_replay(m, batch, run, err));
-	if (batch->draw && batch->logit_rows)
-		KM_TRY(km_cuda_fetch(g->cuda, g->under_way[at].drawn, g->b.drawn,
-		                     (size_t)batch->logit_rows * sizeof(int32_t), err));
-	for (int i = 0; i < batch->logit_rows; i++)
-		if (!by_device(batch, i))
-			KM_TRY(fetch_row(m, i, err));
-	return km_cuda_fence_set(g->cuda, g->under_way[at].done, err);
-}
-
-/* ---- graphs at open ---- */
-
-enum { LONGEST_AT_OPEN = 4096 };
-
-/* A step of g->longest cached tokens in which every row is padding: run, so that all that a first
- * launch looks up is there, then captured. */
-static int prepare_form(km_model *m, int rows, km_run_steps *run, km_err *err)
-{
-	km_gpu *g = m->gpu;
-	km_batch none = { .page_size = m->options.page_size, .pages_per_seq = 1 };
-	km_gpu_form *form;
-	size_t bytes = 0;
-
-	g->stream = g->b.stream;
-	g->normed = g->b.normed;
-	pack_generating(m, &none, rows, &bytes);
-	form = find_form(g);
-	if (!form)
-		return 0;
-	form->seen = 2;
-	KM_TRY(send(g, &none, bytes, err));
-	KM_TRY(run(m, &g->padded, err));
-	KM_TRY(km_cuda_wait(g->cuda, err));
-	return capture(m, form, run, err);
-}
-
-static int most_graph_rows(const km_model *m)
-{
-	const km_gpu *g = m->gpu;
-	int rows = rounded_rows(m->options.max_seqs), most = MOST_GRAPH_ROWS;
-
-	most = most < g->b.rows ? most : g->b.rows;
-	most = most < g->b.logit_rows ? most : g->b.logit_rows;
-	return rows < most ? rows : most;
-}
-
-static int prepare_all(km_model *m, km_run_steps *run, km_progress *progress, km_err *err)
-{
-	km_gpu *g = m->gpu;
-	int most = most_graph_rows(m);
-
-	for (int length = LEAST_LONGEST; length <= LONGEST_AT_OPEN; length *= 2) {
-		g->longest = rounded_length(m, length);
-		for (int rows = 1; rows <= most; rows = rounded_rows(rows + 1)) {
-			if (run)
-				KM_TRY(prepare_form(m, rows, run, err));
-			km_progress_add(progress, 1);
-		}
-		if (g->longest == m->options.max_context)
-			break;
-	}
-	return 0;
-}
-
-static int prepare(km_model *m, km_run_steps *run, km_err *err)
-{
-	km_gpu *g = m->gpu;
-	km_progress count = { .quiet = true }, progress;
-	size_t before, after;
-	int64_t start = km_now_ns();
-	int rc;
-
-	if (m->options.disable_graphs)
-		return 0;
-	prepare_all(m, NULL, &count, NULL);
-	KM_TRY(km_cuda_free_bytes(m->options.gpu, &before, err));
-	km_progress_init(&progress, "capturing", "graphs", count.done, m->options.quiet);
-	rc = prepare_all(m, run, &progress, err);
-	km_progress_finish(&progress);
-	KM_TRY(rc);
-	KM_TRY(km_cuda_free_bytes(m->options.gpu, &after, err));
-	g->graph_bytes = before > after ? before - after : 0;
-	g->capture_seconds = (double)(km_now_ns() - start) / 1e9;
-	return 0;
-}
-
-static int embed(km_model *m, const km_batch *batch, km_err *err)
-{
-	km_gpu *g = m->gpu;
-
-	(void)batch;
-	return OP(g, KM_STEP_EMBED,
-	          km_cuda_ops_embed(g->cuda, g->all.ids, g->all.tokens, &g->weights.embed,
-	                            g->stream, err));
 }
 
 /* ---- parts of blocks ---- */
@@ -759,20 +584,43 @@ static bool is_last(const km_model *m, int layer)
 	return layer == m->config.num_hidden_layers - 1;
 }
 
+static int embed(km_model *m, const km_batch *batch, km_err *err)
+{
+	km_gpu *g = m->gpu;
+
+	return OP(g, KM_STEP_EMBED,
+	          km_cuda_ops_embed(g->cuda, g->all.ids, batch->tokens, &g->weights.embed,
+	                            g->stream, err));
+}
+
+static bool has_queries(const km_model *m, int layer)
+{
+	return !is_last(m, layer) || m->gpu->whole;
+}
+
+/* What q and the cache's rows are made of. */
+static int project_rows(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_layer_weights *w = &m->gpu->weights.layer[layer].w;
+	bool with_q = has_queries(m, layer), keep = !with_q || !m->config.q_lora_rank;
+
+	KM_TRY(projections(m, w, of_stream(m, batch->tokens, w->input_norm, keep), with_q, err));
+	return with_q ? queries(m, w, batch->tokens, err) : 0;
+}
+
+/* Rotated queries, and the cache's rows, unless attention makes them. */
+static int rotate_and_write(km_model *m, int layer, km_err *err)
+{
+	const km_gpu_batch *b = &m->gpu->all;
+
+	return attention_writes(m) ? 0
+	                           : rope_and_kv(m, layer, b, has_queries(m, layer), b->slots, err);
+}
+
 static int project(km_model *m, int layer, const km_batch *batch, km_err *err)
 {
-	const km_gpu *g = m->gpu;
-	const km_layer_weights *w = &g->weights.layer[layer].w;
-	bool with_q = !is_last(m, layer) || g->whole;
-
-	KM_TRY(projections(m, w,
-	                   of_stream(m, batch->tokens, w->input_norm,
-	                             !g->whole || !m->config.q_lora_rank),
-	                   with_q, err));
-	if (with_q)
-		KM_TRY(queries(m, w, batch->tokens, err));
-	return attention_writes(m) ? 0
-	                           : rope_and_kv(m, layer, &g->all, with_q, g->all.slots, err);
+	KM_TRY(project_rows(m, layer, batch, err));
+	return rotate_and_write(m, layer, err);
 }
 
 static int keep(km_model *m, const km_batch *kept, km_err *err)
@@ -797,20 +645,32 @@ static int keep(km_model *m, const km_batch *kept, km_err *err)
 	return rope_and_kv(m, layer, &g->kept, true, g->no_slots, err);
 }
 
-static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
+static int attention(km_model *m, int layer, const km_batch *batch, km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	const km_gpu_batch *b = is_last(m, layer) && !g->whole ? &g->kept : &g->all;
+
+	if (batch->decode_seqs)
+		KM_TRY(attend_decoding(m, layer, b, err));
+	return attend_prompts(m, layer, b, err);
+}
+
+static int output(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	const km_gpu *g = m->gpu;
 	km_cuda_linear out = { .x = g->b.heads_out,
 		               .w = { &g->weights.layer[layer].w.o },
 		               .y = { g->stream },
 		               .tokens = batch->tokens,
 		               .accumulate = true };
 
-	if (batch->decode_seqs)
-		KM_TRY(attend_decoding(m, layer, b, err));
-	KM_TRY(attend_prompts(m, layer, b, err));
 	return OP(g, KM_STEP_O, linear(g, out, err));
+}
+
+static int attend(km_model *m, int layer, const km_batch *batch, km_err *err)
+{
+	KM_TRY(attention(m, layer, batch, err));
+	return output(m, layer, batch, err);
 }
 
 /*
@@ -900,6 +760,87 @@ static int head(km_model *m, const km_batch *batch, km_err *err)
 		                             g->b.head_stream, hidden * 4, err)));
 	KM_TRY(linear_of_made(g, KM_STEP_FINAL_NORM, KM_STEP_HEAD, logits, err));
 	return OP(g, KM_STEP_RESULT, draw(m, rows, err));
+}
+
+/* ---- steps ---- */
+
+/* A step that is nothing but padding, for what is captured at open. */
+static int send_padding(km_model *m, int rows, bool generates, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	km_batch none = { .page_size = m->options.page_size, .pages_per_seq = 1 };
+	size_t bytes = 0;
+
+	g->stream = g->b.stream;
+	g->normed = g->b.normed;
+	g->generating = generates;
+	if (generates)
+		pack_generating(m, &none, rows, &bytes);
+	else
+		KM_TRY(pack_all(g, &none, rows, &bytes, err));
+	return send(g, &none, bytes, err);
+}
+
+/* The pieces of a step and what is between them: model/gpu_graphs.c. */
+static int piece(km_model *m, int at, km_err *err)
+{
+	const km_batch *step = &m->gpu->step;
+
+	if (at) {
+		KM_TRY(output(m, at - 1, step, err));
+		KM_TRY(feed_forward(m, at - 1, step, err));
+	} else {
+		KM_TRY(embed(m, step, err));
+	}
+	return is_last(m, at) ? 0 : project_rows(m, at, step, err);
+}
+
+static int between(km_model *m, int at, km_err *err)
+{
+	const km_batch *step = &m->gpu->step;
+
+	if (is_last(m, at)) {
+		KM_TRY(km_steps_run_layers(m, step, at, at + 1, err));
+		return km_steps_run_head(m, err);
+	}
+	KM_TRY(rotate_and_write(m, at, err));
+	return attention(m, at, step, err);
+}
+
+static const km_gpu_blocks blocks = { send_padding, piece, between };
+
+static int prepare(km_model *m, km_run_steps *run, km_err *err)
+{
+	return km_gpu_graphs_prepare(m, &blocks, run, err);
+}
+
+static bool by_device(const km_batch *batch, int row)
+{
+	return batch->draw && batch->draw[row].by_device;
+}
+
+static int fetch_row(const km_model *m, int row, km_err *err)
+{
+	size_t vocab = (size_t)m->config.vocab_size, at = (size_t)row * vocab;
+
+	return km_cuda_fetch(m->gpu->cuda, m->gpu->logits + at, m->gpu->b.logits + at, vocab * 4,
+	                     err);
+}
+
+/* The step, and what of it comes to the host: the tokens, and the rows that the host draws from. */
+static int replay(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err)
+{
+	km_gpu *g = m->gpu;
+	int at = (int)((g->launched - 1) % 2);
+
+	KM_TRY(km_gpu_graphs_run(m, &blocks, run, err));
+	if (batch->draw && batch->logit_rows)
+		KM_TRY(km_cuda_fetch(g->cuda, g->under_way[at].drawn, g->b.drawn,
+		                     (size_t)batch->logit_rows * sizeof(int32_t), err));
+	for (int i = 0; i < batch->logit_rows; i++)
+		if (!by_device(batch, i))
+			KM_TRY(fetch_row(m, i, err));
+	return km_cuda_fence_set(g->cuda, g->under_way[at].done, err);
 }
 
 /* Tokens drawn, and the logits of rows refused unless the next step has overwritten them. */

@@ -144,7 +144,7 @@ static size_t batch_bytes(const km_gpu_buffers *b, const km_model_options *o)
 
 	km_mla_prefill_capacity(&p, o->max_batch_tokens, o->max_seqs, o->max_context, b->room);
 	/* ids, where they are drawn, positions, slots; kept: from, positions, no slots; kv_len twice, pages, logit rows;
-	 * pieces; draws */
+	 * pieces; draws; valid */
 	return 4 * (7 * rows + 2 * seqs + padded * pages_of(o) + (size_t)b->logit_rows) +
 	       2 * ((size_t)p.max_runs * sizeof(km_mla_run) +
 	            (size_t)p.max_tiles * sizeof(km_mla_tile)) +
@@ -463,8 +463,7 @@ void km_gpu_close(km_gpu *g)
 		return;
 	km_gpu_weights_release(&g->weights);
 	km_moe_tuning_release(&g->tuning);
-	for (int i = 0; i < g->forms; i++)
-		km_cuda_graph_free(g->form[i].graph);
+	km_gpu_graphs_release(&g->graphs);
 	if (g->cuda) {
 		km_cuda_unpin(g->cuda, g->logits);
 		for (int i = 0; i < 2; i++) {
@@ -536,15 +535,7 @@ void km_gpu_explain(const km_model *m, km_buf *out)
 		(double)g->loaded_bytes / 1e9, g->load_seconds,
 		(double)g->loaded_bytes / 1e9 / g->load_seconds);
 	km_buf_printf(out, "GPU activations: bf16 before linear layers, f32 between\n");
-	if (m->options.disable_graphs)
-		km_buf_puts(out,
-		            "GPU graphs: off; steps that only generate are padded all the same\n");
-	else
-		km_buf_printf(out,
-		              "GPU graphs: steps that only generate; %d captured at open in %.2f s, "
-		              "%.1f MB of device memory; others (more rows, or more cached tokens: "
-		              "powers of 2) at their second step; steps with prompts have none\n",
-		              g->forms, g->capture_seconds, (double)g->graph_bytes / 1e6);
+	km_gpu_graphs_explain(m, out);
 	if (!g->linear.blas)
 		km_buf_printf(out, "GPU matrix products without cuBLASLt: %s\n", g->no_blas.msg);
 	km_buf_printf(out, "GPU attention: %s\n",

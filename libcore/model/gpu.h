@@ -24,6 +24,7 @@
 #include "device/cuda_router.h"
 #include "device/moe_tune.h"
 #include "model/forward.h"
+#include "model/gpu_graphs.h"
 #include "model/step_op.h"
 
 typedef struct km_gpu_layer {
@@ -87,7 +88,8 @@ km_router_shape km_gpu_router_shape(const km_config *config, bool weights_f32, i
 bool km_gpu_experts_are_packed(const km_config *config, const km_layer_weights *weights);
 km_moe_weights km_gpu_experts_shape(const km_config *config, const km_layer_weights *weights);
 
-/* A step's batch: what is read on the device, and the cut of attention into pieces. */
+/* A step's batch: what is read on the device, and the cut of attention into pieces. Its rows are those that
+ * attention has: of a step that only generates with padding, of any other without. */
 typedef struct km_gpu_batch {
 	int tokens, decode_seqs, pages_per_seq, page_size;
 	const int32_t *ids, *positions, *slots, *kv_len, *pages; /* device */
@@ -95,14 +97,6 @@ typedef struct km_gpu_batch {
 	const km_mla_run *runs;                                  /* device */
 	const km_mla_tile *tiles;
 } km_gpu_batch;
-
-/* A number of rows and of cached tokens that steps which only generate are padded to. */
-enum { KM_GPU_FORMS = 128 };
-typedef struct km_gpu_form {
-	int rows, longest, page_size;
-	int seen;             /* steps */
-	km_cuda_graph *graph; /* owned; NULL before the second step */
-} km_gpu_form;
 
 typedef struct km_gpu {
 	km_cuda *cuda;
@@ -131,15 +125,11 @@ typedef struct km_gpu {
 	void *normed;
 	bool pdl;        /* launches may begin in their predecessor's tail */
 	bool whole;      /* the last layer keeps every row */
-	bool generating; /* the step only generates, and is padded: */
-	km_batch padded;
-	const int32_t *valid; /* device: its rows that are not padding; else NULL */
+	bool generating; /* the step only generates */
+	km_batch step;   /* the step as its blocks see it: with its rows of padding */
+	const int32_t *valid; /* device: how many of its rows are no padding; NULL: of too many to pad */
 	int longest; /* cached tokens of a decoding sequence that the step is planned for */
-	int forms;
-	km_gpu_form form[KM_GPU_FORMS];
-	int64_t replays;
-	size_t graph_bytes; /* of device memory that the graphs captured at open took */
-	double capture_seconds;
+	km_gpu_graphs graphs;
 	uint32_t left_out; /* bits 1 << enum km_step_op that are not enqueued; 0 but to time the others */
 	km_gpu_batch all, kept; /* the step's batch, and what the last layer keeps of it */
 	const int32_t *kept_from, *no_slots, *logit_from; /* device */

@@ -206,8 +206,7 @@ int km_profile_gpu(km_model *m, const km_batch *batch, km_profile *p, km_err *er
 	int rc = m->steps->begin(m, batch, err);
 
 	if (rc >= 0)
-		rc = time_all(m, batch, m->gpu->generating ? &m->gpu->padded : batch, distinct, p,
-		              err);
+		rc = time_all(m, batch, &m->gpu->step, distinct, p, err);
 	rc = m->steps->end(m, batch, rc, &logits, err);
 	free(distinct);
 	return rc;

@@ -1,6 +1,7 @@
 /*
  * The forward pass on a GPU: golden log-probabilities (tests/data/forward), against the CPU backend
- * with the same KV type, and against itself: prompts whole, in chunks, decoded, in mixed batches.
+ * with the same KV type, and against itself: prompts whole, in chunks, decoded, in mixed batches; with
+ * graphs and without, to the bit.
  *
  * BOUNDS  The CPU computes in f32, the GPU rounds what a linear layer reads to bf16. In these
  * random models that turns the selection of an expert where two are close, and all later
@@ -24,6 +25,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "base/rng.h"
 #include "device/cuda_blas.h"
 #include "model/gpu.h"
 #include "support/forward_case.h"
@@ -282,8 +284,8 @@ static void graphs_have_the_same_bits(void **state)
 		without = fwd_open(cases[c], options);
 		a = fwd_score(&with, 1, 5, 1, true);
 		b = fwd_score(&without, 1, 5, 1, true);
-		assert_true(with.model->gpu->replays == a->len - 5 - 1 &&
-		            !without.model->gpu->replays);
+		assert_true(with.model->gpu->graphs.replays == a->len - 5 - 1 &&
+		            !without.model->gpu->graphs.replays);
 		assert_memory_equal(a->logits, b->logits,
 		                    (size_t)a->len * (size_t)with.vocab * sizeof(float));
 		fwd_drop(a);
@@ -291,6 +293,320 @@ static void graphs_have_the_same_bits(void **state)
 		fwd_close(&with);
 		fwd_close(&without);
 	}
+}
+
+/* ---- steps with prompts, replayed in pieces ---- */
+
+/* On either side of a bucket's border, up to all of a context. */
+static const int lengths[] = { 1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 127, 128 };
+enum { LENGTHS = sizeof(lengths) / sizeof(*lengths), BUCKETS_OF_LENGTHS = 8 };
+/* Launched, captured, replayed. */
+enum { ROUNDS = 4 };
+
+/* The same steps, with graphs and without. */
+typedef struct pair {
+	fwd_opened o[2];
+	int64_t steps; /* with prompts, of one of the two */
+} pair;
+
+static pair open_pair(int c, km_model_options options)
+{
+	pair p = { 0 };
+
+	p.o[0] = fwd_open(cases[c], options);
+	options.disable_graphs = true;
+	p.o[1] = fwd_open(cases[c], options);
+	return p;
+}
+
+/* Every step with prompts was replayed, but for the first of each bucket not captured at open. */
+static void close_pair(pair *p, bool at_open)
+{
+	const km_gpu_graphs *with = &p->o[0].model->gpu->graphs, *without = &p->o[1].model->gpu->graphs;
+
+	assert_int_equal(with->piecewise, p->steps - (at_open ? 0 : with->buckets));
+	assert_true(with->piecewise > 0);
+	assert_int_equal(without->piecewise + without->replays + without->captured, 0);
+	fwd_close(&p->o[0]);
+	fwd_close(&p->o[1]);
+}
+
+static fwd_sequence *random_prompt(const fwd_opened *o, int len, int place, uint64_t seed)
+{
+	fwd_sequence *q = fwd_prompt(o, 0, place);
+
+	assert_true(len <= FWD_PAGE * q->page_count);
+	free(q->logits);
+	q->len = len;
+	for (int i = 0; i < len; i++)
+		q->ids[i] = (int32_t)(km_rng_u64(seed, (uint64_t)i) % (uint64_t)o->vocab);
+	q->logits = km_xcalloc((size_t)len * (size_t)o->vocab, sizeof(float));
+	return q;
+}
+
+static int left_of(const fwd_sequence *q, int rows)
+{
+	return rows < q->len - q->done ? rows : q->len - q->done;
+}
+
+/* Runs a step of the pair's half `o`. */
+static void run_step(pair *p, fwd_opened *o, fwd_step *s)
+{
+	p->steps += o == &p->o[0] && s->batch.decode_seqs < s->batch.tokens;
+	fwd_run(o, s);
+}
+
+/* Runs one for the logits of up to two rows, its first and its last. */
+static void run_step_for(pair *p, fwd_opened *o, fwd_step *s, int wanted, float *to)
+{
+	int32_t rows[2] = { 0, s->batch.tokens - 1 };
+	const float *logits;
+	km_err err;
+
+	fwd_point(s);
+	s->batch.logit_row = rows;
+	s->batch.logit_rows = wanted;
+	if (km_model_forward(o->model, &s->batch, &logits, &err) < 0)
+		fail_msg("%s", err.msg);
+	memcpy(to, logits, (size_t)wanted * (size_t)o->vocab * sizeof(float));
+	for (int i = 0; i < s->batch.seqs; i++)
+		s->owner[i]->done += s->seq_start[i + 1] - s->seq_start[i];
+	p->steps += o == &p->o[0];
+	memset(s, 0, sizeof(*s));
+}
+
+/* Makes and runs `q`, FWD_MAX_SEQS sequences. */
+typedef void run_some(pair *p, fwd_opened *o, fwd_sequence **q, uint64_t seed);
+
+/* Two that decode, and two prompts in chunks of many sizes, in the same steps. */
+static void run_mixed(pair *p, fwd_opened *o, fwd_sequence **q, uint64_t seed)
+{
+	static const int len[FWD_MAX_SEQS] = { 24, 21, 128, 128 }, chunk[] = { 1, 2, 5, 13, 30, 3, 40 };
+	fwd_step *s = km_xcalloc(1, sizeof(*s));
+
+	for (int i = 0; i < FWD_MAX_SEQS; i++)
+		q[i] = random_prompt(o, len[i], i, seed + (uint64_t)i);
+	fwd_add(s, q[0], 3, false);
+	fwd_add(s, q[1], 3, false);
+	run_step(p, o, s);
+	for (int i = 0; q[0]->done < q[0]->len; i++) {
+		for (int k = 0; k < FWD_MAX_SEQS; k++) {
+			int rows = left_of(q[k], k < 2 ? 1 : chunk[(i + k) % 7]);
+
+			if (rows)
+				fwd_add(s, q[k], rows, k < 2);
+		}
+		run_step(p, o, s);
+	}
+	free(s);
+}
+
+/* Four prompts at once, up to all rows that are planned. */
+static void run_wide(pair *p, fwd_opened *o, fwd_sequence **q, uint64_t seed)
+{
+	static const int chunk[][FWD_MAX_SEQS] = { { 60, 20, 64, 5 }, { 64, 64, 64, 64 }, { 4, 44, 0, 59 } };
+	fwd_step *s = km_xcalloc(1, sizeof(*s));
+
+	for (int i = 0; i < FWD_MAX_SEQS; i++)
+		q[i] = random_prompt(o, 128, i, seed + (uint64_t)i);
+	for (int i = 0; i < 3; i++) {
+		for (int k = 0; k < FWD_MAX_SEQS; k++)
+			if (chunk[i][k])
+				fwd_add(s, q[k], chunk[i][k], false);
+		run_step(p, o, s);
+	}
+	free(s);
+}
+
+/* A prompt beside one that decodes; of most rows nobody wants the logits. */
+static void run_unwanted(pair *p, fwd_opened *o, fwd_sequence **q, uint64_t seed)
+{
+	static const int chunk[] = { 12, 7, 1, 20, 3, 33, 2, 17, 30, 3 };
+	fwd_step *s = km_xcalloc(1, sizeof(*s));
+
+	for (int i = 0; i < FWD_MAX_SEQS; i++)
+		q[i] = random_prompt(o, i ? 128 : 20, i, seed + (uint64_t)i);
+	fwd_add(s, q[0], 5, false);
+	run_step_for(p, o, s, 0, q[0]->logits);
+	for (int i = 0; i < 10; i++) {
+		fwd_add(s, q[0], 1, true);
+		fwd_add(s, q[1], chunk[i], false);
+		run_step_for(p, o, s, i % 3, q[1]->logits + 2 * i * o->vocab);
+	}
+	free(s);
+}
+
+static void run_both(pair *p, run_some *run, uint64_t seed)
+{
+	fwd_sequence *q[2][FWD_MAX_SEQS];
+
+	for (int d = 0; d < 2; d++)
+		run(p, &p->o[d], q[d], seed);
+	for (int i = 0; i < FWD_MAX_SEQS; i++) {
+		assert_memory_equal(q[0][i]->logits, q[1][i]->logits,
+		                    (size_t)q[0][i]->len * (size_t)p->o[0].vocab * sizeof(float));
+		fwd_drop(q[0][i]);
+		fwd_drop(q[1][i]);
+	}
+}
+
+static void run_whole(pair *p, fwd_opened *o, fwd_sequence *q)
+{
+	fwd_step *s = km_xcalloc(1, sizeof(*s));
+
+	fwd_add(s, q, q->len, false);
+	run_step(p, o, s);
+	free(s);
+}
+
+/* Each row has its own logits: the same bits are not those of nothing. */
+static void assert_rows_differ(const fwd_opened *o, const fwd_sequence *q)
+{
+	size_t vocab = (size_t)o->vocab;
+
+	for (int t = 1; t < q->len; t++)
+		assert_memory_not_equal(q->logits + (size_t)t * vocab,
+		                        q->logits + (size_t)(t - 1) * vocab, vocab * sizeof(float));
+}
+
+/* Of all rows so far as many choices were counted, in both, as there are: padding chooses none. */
+static void check_counts(pair *p, int64_t rows)
+{
+	const km_config *c = km_model_config(p->o[0].model);
+	size_t count = (size_t)c->num_hidden_layers * (size_t)c->n_routed_experts;
+	int64_t *counts[2], sum = 0, layers = 0;
+
+	for (int i = 0; i < c->num_hidden_layers; i++)
+		layers += km_config_is_moe_layer(c, i);
+	for (int d = 0; d < 2; d++) {
+		km_err err;
+
+		counts[d] = km_xcalloc(count, sizeof(**counts));
+		km_model_set_expert_counts(p->o[d].model, counts[d]);
+		if (km_model_fetch_expert_counts(p->o[d].model, &err) < 0)
+			fail_msg("%s", err.msg);
+		km_model_set_expert_counts(p->o[d].model, NULL);
+	}
+	for (size_t i = 0; i < count; i++)
+		sum += counts[0][i];
+	assert_int_equal(sum, rows * layers * c->num_experts_per_tok);
+	assert_memory_equal(counts[0], counts[1], count * sizeof(**counts));
+	free(counts[0]);
+	free(counts[1]);
+}
+
+static void prompts_in_pieces_have_the_same_bits(void **state)
+{
+	(void)state;
+	for (int c = 0; c < case_count(); c++) {
+		km_model_options options = gpu_options(c % 2 ? KM_KV_FP8 : KM_KV_BF16);
+		int64_t rows = 0;
+		pair p;
+
+		options.count_experts = true;
+		p = open_pair(c, options);
+		for (int i = 0; i < ROUNDS * LENGTHS; i++) {
+			fwd_sequence *q[2];
+			int len = lengths[i % LENGTHS];
+
+			for (int d = 0; d < 2; d++) {
+				q[d] = random_prompt(&p.o[d], len, 0, 100 + (uint64_t)i);
+				run_whole(&p, &p.o[d], q[d]);
+			}
+			assert_memory_equal(q[0]->logits, q[1]->logits,
+			                    (size_t)len * (size_t)p.o[0].vocab * sizeof(float));
+			assert_rows_differ(&p.o[0], q[0]);
+			rows += len;
+			fwd_drop(q[0]);
+			fwd_drop(q[1]);
+		}
+		check_counts(&p, rows);
+		assert_int_equal(p.o[0].model->gpu->graphs.buckets, BUCKETS_OF_LENGTHS);
+		close_pair(&p, false);
+	}
+}
+
+static void chunks_in_pieces_have_the_same_bits(void **state)
+{
+	(void)state;
+	for (int c = 0; c < case_count(); c++) {
+		pair p = open_pair(c, gpu_options(c % 2 ? KM_KV_BF16 : KM_KV_FP8));
+
+		for (uint64_t i = 0; i < ROUNDS; i++) {
+			run_both(&p, run_mixed, 1000 + 10 * i);
+			run_both(&p, run_wide, 2000 + 10 * i);
+			run_both(&p, run_unwanted, 3000 + 10 * i);
+		}
+		close_pair(&p, false);
+	}
+}
+
+/* Captured at open: one form for each of 1, 2 and 4 rows, and the pieces of 1 to 256 rows, in 10
+ * buckets. */
+static void graphs_are_there_at_open(void **state)
+{
+	(void)state;
+	for (int c = 0; c < SHORT_CASES; c++) {
+		km_model_options options = gpu_options(KM_KV_BF16);
+		const km_gpu_graphs *graphs;
+		pair p;
+
+		options.capture_at_open = true;
+		options.count_experts = true;
+		p = open_pair(c, options);
+		graphs = &p.o[0].model->gpu->graphs;
+		check_counts(&p, 0);
+		assert_int_equal(graphs->captured,
+		                 3 + 10 * km_model_config(p.o[0].model)->num_hidden_layers);
+		print_message("figure: %s: %d graphs captured at open in %.2f s, %.1f MB\n", cases[c],
+		              graphs->captured, graphs->seconds, (double)graphs->bytes / 1e6);
+		run_both(&p, run_mixed, 1);
+		run_both(&p, run_wide, 2);
+		run_both(&p, run_unwanted, 3);
+		assert_int_equal(graphs->buckets, 10);
+		assert_int_equal(graphs->forms, 3);
+		close_pair(&p, true);
+	}
+}
+
+static size_t free_bytes(void)
+{
+	size_t bytes;
+	km_err err;
+
+	if (km_cuda_free_bytes(0, &bytes, &err) < 0)
+		fail_msg("%s", err.msg);
+	return bytes;
+}
+
+/* Not under a sanitizer, which takes memory of its own. */
+static void steps_take_no_memory(void **state)
+{
+	enum { STEPS = 200 };
+	fwd_opened o;
+	size_t before = 0;
+
+	(void)state;
+	if (short_run)
+		skip();
+	o = fwd_open("k2.5", gpu_options(KM_KV_BF16));
+	for (int i = -3 * LENGTHS; i < STEPS; i++) {
+		fwd_sequence *q = random_prompt(&o, lengths[(i + 3 * LENGTHS) % LENGTHS], 0,
+		                                (uint64_t)(i + 3 * LENGTHS));
+		fwd_step *s = km_xcalloc(1, sizeof(*s));
+
+		if (!i)
+			before = free_bytes();
+		fwd_add(s, q, q->len, false);
+		fwd_run(&o, s);
+		fwd_drop(q);
+		free(s);
+	}
+	print_message("figure: %d steps with prompts took %+.1f MB of device memory\n", (int)STEPS,
+	              ((double)before - (double)free_bytes()) / 1e6);
+	assert_true(free_bytes() >= before);
+	assert_int_equal(o.model->gpu->graphs.piecewise, STEPS + 3 * LENGTHS - BUCKETS_OF_LENGTHS);
+	fwd_close(&o);
 }
 
 static void long_prompts_are_the_reference(void **state)
@@ -383,6 +699,10 @@ int main(int argc, char **argv)
 		cmocka_unit_test(unwanted_rows_change_little),
 		cmocka_unit_test(the_same_step_has_the_same_bits),
 		cmocka_unit_test(graphs_have_the_same_bits),
+		cmocka_unit_test(prompts_in_pieces_have_the_same_bits),
+		cmocka_unit_test(chunks_in_pieces_have_the_same_bits),
+		cmocka_unit_test(graphs_are_there_at_open),
+		cmocka_unit_test(steps_take_no_memory),
 		cmocka_unit_test(long_prompts_are_the_reference),
 		cmocka_unit_test(the_plan_is_what_is_taken),
 		cmocka_unit_test(what_is_not_built_is_refused),
