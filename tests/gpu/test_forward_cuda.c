@@ -300,8 +300,13 @@ static void graphs_have_the_same_bits(void **state)
 /* On either side of a bucket's border, up to all of a context. */
 static const int lengths[] = { 1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 127, 128 };
 enum { LENGTHS = sizeof(lengths) / sizeof(*lengths), BUCKETS_OF_LENGTHS = 8 };
+enum { SHORT_LENGTHS = 9, BUCKETS_OF_SHORT_LENGTHS = 6 };
+
 /* Launched, captured, replayed. */
-enum { ROUNDS = 4 };
+static int round_count(void)
+{
+	return short_run ? 3 : 4;
+}
 
 /* The same steps, with graphs and without. */
 typedef struct pair {
@@ -500,14 +505,15 @@ static void prompts_in_pieces_have_the_same_bits(void **state)
 	(void)state;
 	for (int c = 0; c < case_count(); c++) {
 		km_model_options options = gpu_options(c % 2 ? KM_KV_FP8 : KM_KV_BF16);
+		int count = short_run ? SHORT_LENGTHS : LENGTHS;
 		int64_t rows = 0;
 		pair p;
 
 		options.count_experts = true;
 		p = open_pair(c, options);
-		for (int i = 0; i < ROUNDS * LENGTHS; i++) {
+		for (int i = 0; i < round_count() * count; i++) {
 			fwd_sequence *q[2];
-			int len = lengths[i % LENGTHS];
+			int len = lengths[i % count];
 
 			for (int d = 0; d < 2; d++) {
 				q[d] = random_prompt(&p.o[d], len, 0, 100 + (uint64_t)i);
@@ -521,7 +527,8 @@ static void prompts_in_pieces_have_the_same_bits(void **state)
 			fwd_drop(q[1]);
 		}
 		check_counts(&p, rows);
-		assert_int_equal(p.o[0].model->gpu->graphs.buckets, BUCKETS_OF_LENGTHS);
+		assert_int_equal(p.o[0].model->gpu->graphs.buckets,
+		                 short_run ? BUCKETS_OF_SHORT_LENGTHS : BUCKETS_OF_LENGTHS);
 		close_pair(&p, false);
 	}
 }
@@ -529,13 +536,13 @@ static void prompts_in_pieces_have_the_same_bits(void **state)
 static void chunks_in_pieces_have_the_same_bits(void **state)
 {
 	(void)state;
-	for (int c = 0; c < case_count(); c++) {
+	for (int c = 0; c < (short_run ? 1 : CASES); c++) {
 		pair p = open_pair(c, gpu_options(c % 2 ? KM_KV_BF16 : KM_KV_FP8));
 
-		for (uint64_t i = 0; i < ROUNDS; i++) {
-			run_both(&p, run_mixed, 1000 + 10 * i);
-			run_both(&p, run_wide, 2000 + 10 * i);
-			run_both(&p, run_unwanted, 3000 + 10 * i);
+		for (int i = 0; i < round_count(); i++) {
+			run_both(&p, run_mixed, 1000 + 10 * (uint64_t)i);
+			run_both(&p, run_wide, 2000 + 10 * (uint64_t)i);
+			run_both(&p, run_unwanted, 3000 + 10 * (uint64_t)i);
 		}
 		close_pair(&p, false);
 	}
@@ -546,7 +553,7 @@ static void chunks_in_pieces_have_the_same_bits(void **state)
 static void graphs_are_there_at_open(void **state)
 {
 	(void)state;
-	for (int c = 0; c < SHORT_CASES; c++) {
+	for (int c = 0; c < (short_run ? 1 : SHORT_CASES); c++) {
 		km_model_options options = gpu_options(KM_KV_BF16);
 		const km_gpu_graphs *graphs;
 		pair p;
