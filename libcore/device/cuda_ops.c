@@ -21,8 +21,12 @@ static bool overlaps(const km_cuda *cuda)
  * bf16 weights cost less than the streaming form's 16 (o 43 us against 60, q_b 17 against 24), and about
  * what the streaming form's 8 do. For fp8 the copy to bf16 comes on top, so the streaming form goes on
  * to the rows that it does in one pass. The general form ends where a copy costs less.
+ *
+ * A norm is part of the slab form of up to 4 rows: each block makes it for itself, and at 8 rows of K2.5's
+ * slice of eight that costs more than its launch (H200, the dense half of a layer: 67.2 us against 62.6 with
+ * the norms apart; at 4 rows 48.4 against 48.7).
  */
-enum { STREAM_BF16_ROWS = 8, STREAM_FP8_ROWS = 32, GENERAL_ROWS = 8, NORM_VALUES = 4 * 7168 };
+enum { STREAM_BF16_ROWS = 8, STREAM_FP8_ROWS = 32, GENERAL_ROWS = 8, NORM_ROWS = 4 };
 
 static int most_rows(const km_weight *w)
 {
@@ -151,7 +155,7 @@ bool km_cuda_linear_makes_x(const km_cuda_linear *a, const km_linear_device *dev
 		if (km_linear_plan(a->w[i], a->tokens, device) != KM_LINEAR_SLAB ||
 		    !kk_linear_slab_fits(a->w[i], a->tokens, from))
 			return false;
-	return a->from == KM_X_SILU || (a->from == KM_X_NORM && a->tokens * a->w[0]->cols <= NORM_VALUES);
+	return a->from == KM_X_SILU || (a->from == KM_X_NORM && a->tokens <= NORM_ROWS);
 }
 
 int km_cuda_ops_make_x(km_cuda *cuda, const km_cuda_linear *a, km_err *err)

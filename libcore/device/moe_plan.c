@@ -3,8 +3,8 @@
  *
  * A tile must hold most experts' tokens (an expert with more has its weights read again), and there
  * must be enough tiles to give each multiprocessor nearly the same number of bytes; below that, larger
- * tiles read the activations less often. The thresholds are of that model, set where an H100 agrees with
- * it, where no tuning entry is given.
+ * tiles read the activations less often. The thresholds are of that model, set where an H100 or an H200
+ * agrees with it, where no tuning entry is given.
  */
 #include "device/moe_plan.h"
 
@@ -197,12 +197,15 @@ static int choose_block_m(const km_moe_problem *p, bool prefill)
 	return most <= 9 ? 8 : most <= 17 ? 16 : most <= 34 ? 32 : 64;
 }
 
-/* Tiles for each multiprocessor from which larger ones are as good. A box of weights costs the same to ask
- * for whatever its rows are, and down items make up for what gate-and-up items leave uneven; with more than
- * eight places it is the H100's measurement of pieces, not of boxes. */
-static double enough_tiles(const struct shape *s)
+/* Whether `tiles` of gate-and-up, of this size, leave the multiprocessors with nearly the same number of bytes.
+ * A box of weights costs the same to ask for whatever its rows are, and down items, half as many bytes, make up
+ * for whole tiles that are up to half more than the mean (H200). With more than eight places it is what an H100
+ * measured when a stage was pieces. */
+static bool is_even(const struct shape *s, double tiles, int multiprocessors)
 {
-	return s->block_m == 8 ? 0.75 : 11.0;
+	double each = tiles / multiprocessors;
+
+	return s->block_m == 8 ? ceil(each) <= 1.5 * each : each >= 11.0;
 }
 
 static const struct shape *choose_among(const km_moe_problem *p, const km_moe_device *d, bool prefill)
@@ -216,7 +219,7 @@ static const struct shape *choose_among(const km_moe_problem *p, const km_moe_de
 
 		if (!shape_fits(s, p, d) || s->block_m > block_m || is_prefill(s) != prefill)
 			continue;
-		if (!best || s->block_m > best->block_m || tiles >= enough_tiles(s) * d->multiprocessors)
+		if (!best || s->block_m > best->block_m || is_even(s, tiles, d->multiprocessors))
 			best = s;
 	}
 	return best;
