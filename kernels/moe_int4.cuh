@@ -38,7 +38,7 @@ struct stream_smem {
 	int tile_expert[INSIDE_PLACES], tile_first[INSIDE_PLACES], tile_rows[INSIDE_PLACES];
 	int lead_tiles[INSIDE_PLACES], lead_places[INSIDE_PLACES];
 	float weights[DIRECT_PLACES];
-	__align__(16) uint32_t minus[4];
+	__align__(16) uint32_t minus[4];       /* -8 in rows g and g + 8's units (widen), as an A operand */
 	int tiles, places_here;
 	int round_down;                        /* thread 0's own: not worth a register from start to end */
 };
@@ -256,7 +256,7 @@ __device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int mo
 /* ---- Items. ---- */
 
 struct item {
-	int tile, rows;  /* the tile of places, and of rows */
+	int tile, rows;   /* the tile of places, and of rows */
 	int first, tiles; /* of the tiles of places that pass over the rows together */
 };
 
@@ -397,15 +397,15 @@ __device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s
 	f.r.next();
 }
 
-/* One stage as one box: `pieces` row blocks of `records` records, from there on. */
-__device__ __forceinline__ void fetch_box(const stream_work &w, stream_smem *s, weight_fetch &f, const CUtensorMap *map,
-                                          int pieces_records, int record, int block, int expert)
+/* One stage as one box, of `records` records in all, which begins at that record of that row block. */
+__device__ __forceinline__ void fetch_box(const stream_work &w, stream_smem *s, weight_fetch &f,
+                                          const CUtensorMap *map, int records, int record, int block, int expert)
 {
 	uint32_t full = barrier_of(s->full, f.r.at);
 
 	if (threadIdx.x % 32 == 0) {
 		ptx_mbarrier_wait(barrier_of(s->empty, f.r.at), f.r.parity ^ 1);
-		ptx_mbarrier_expect(full, pieces_records * w.record_bytes);
+		ptx_mbarrier_expect(full, records * w.record_bytes);
 		ptx_copy_box(w.stage0 + f.r.at * w.stage_bytes, map, make_int4(0, record, block, expert), full,
 		             f.policy);
 	}
@@ -420,19 +420,19 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 	weight_fetch f = {{0, 0, w.stages}, ptx_policy_drop(), -1, 0};
 	constexpr int UP_PIECES = L::ROWS / 16, DOWN_PIECES = L::DOWN_ROWS / 16;
 	uint32_t rec = w.record_bytes;
+	int row_tiles = 2 * a.intermediate / L::ROWS;
+	item it = find_item(w.up_lo, w.tiles, row_tiles, a.group_m);
 
-	item it = find_item(w.up_lo, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
-
-	for (int i = w.up_lo; i < w.up_hi; i++, next_item(it, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m)) {
+	for (int i = w.up_lo; i < w.up_hi; i++, next_item(it, w.tiles, row_tiles, a.group_m)) {
 		int expert = cached_expert(a, s, f, it.tile);
 
 		for (int c = 0; c < w.up_records; c += L::PER)
 			fetch_box(w, s, f, &maps.gate_up, UP_PIECES * L::PER, c, it.rows * UP_PIECES, expert);
 	}
 	if (!a.direct) {
-		item it = find_item(w.down_lo, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
-
-		for (int i = w.down_lo; i < w.down_hi; i++, next_item(it, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m)) {
+		row_tiles = a.hidden / L::DOWN_ROWS;
+		it = find_item(w.down_lo, w.tiles, row_tiles, a.group_m);
+		for (int i = w.down_lo; i < w.down_hi; i++, next_item(it, w.tiles, row_tiles, a.group_m)) {
 			int expert = cached_expert(a, s, f, it.tile);
 
 			for (int c = 0; c < w.down_records; c += L::REC)
@@ -575,12 +575,10 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 {
 	ring r = {0, 0, w.x_stages};
 	own_places<L> own;
-	int tile = -1;
+	int tile = -1, row_tiles = 2 * a.intermediate / L::ROWS;
+	item it = find_item(w.up_lo, w.tiles, row_tiles, a.group_m);
 
-	item it = find_item(w.up_lo, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m);
-
-	for (int i = w.up_lo; i < w.up_hi; i++, next_item(it, w.tiles, 2 * a.intermediate / L::ROWS, a.group_m)) {
-
+	for (int i = w.up_lo; i < w.up_hi; i++, next_item(it, w.tiles, row_tiles, a.group_m)) {
 		if (it.tile != tile)
 			own = find_places<L>(a, s, it.tile);
 		tile = it.tile;
@@ -592,10 +590,9 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 	if (a.direct)
 		return;
 	tile = -1;
-	it = find_item(w.down_lo, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m);
-
-	for (int i = w.down_lo; i < w.down_hi; i++, next_item(it, w.tiles, a.hidden / L::DOWN_ROWS, a.group_m)) {
-
+	row_tiles = a.hidden / L::DOWN_ROWS;
+	it = find_item(w.down_lo, w.tiles, row_tiles, a.group_m);
+	for (int i = w.down_lo; i < w.down_hi; i++, next_item(it, w.tiles, row_tiles, a.group_m)) {
 		if (it.tile != tile) {
 			own = find_places<L>(a, s, it.tile);
 			wait_tile(a, it.tile, 2 * a.intermediate / L::ROWS * L::WR, round);
@@ -678,6 +675,9 @@ __device__ __forceinline__ void add_steps(float (&sum)[4], const steps &s, const
 	sum[0] = fmaf(s.low, d[0], sum[0]), sum[1] = fmaf(s.low, d[1], sum[1]);
 	sum[2] = fmaf(s.high, d[2], sum[2]), sum[3] = fmaf(s.high, d[3], sum[3]);
 }
+
+constexpr uint32_t TWICE_2_64 = 0x5f805f80u; /* in bf16, as MINUS_LOW and MINUS_HIGH: -8 * 2^-133, -8 * 2^-129 */
+constexpr uint32_t MINUS_LOW = 0x80088008u, MINUS_HIGH = 0x80808080u;
 
 /* -8 times the sum of 32 columns of the activations, in every row, in the row's unit. */
 __device__ __forceinline__ void sum_bias(float (&d)[4], const uint32_t (&minus)[4], const uint32_t (&b)[4])
@@ -783,11 +783,12 @@ __device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const lane_pa
 					float bias[4];
 
 					ptx_load_matrices(b, x + x_offset<L>(own, n) + k * 64);
-					if (L::BIASED)
+					if (L::BIASED) {
+#pragma unroll
 						for (int i = 0; i < 4; i++)
-							b[i] = bf16x2_mul(b[i], 0x5f805f80u);
-					if (L::BIASED)
+							b[i] = bf16x2_mul(b[i], TWICE_2_64);
 						sum_bias(bias, p.minus, b);
+					}
 #pragma unroll
 					for (int r = 0; r < L::RB; r++)
 						add_steps<L::BIASED>(sum[r][n], s[r], b, bias);
@@ -1157,7 +1158,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	w.stage0 = ptx_shared_address(base);
 	w.x0 = w.stage0 + w.stages * w.stage_bytes;
 	if (threadIdx.x < 4)
-		s->minus[threadIdx.x] = threadIdx.x % 2 ? 0x80808080u : 0x80088008u;
+		s->minus[threadIdx.x] = threadIdx.x % 2 ? MINUS_HIGH : MINUS_LOW;
 	if (threadIdx.x == 0) {
 		prefetch_maps(maps);
 		for (int i = 0; i < w.stages; i++) {
