@@ -20,7 +20,7 @@ enum {
 	MAX_STAGES = 16,
 	MAX_X_STAGES = 4,
 	SMEM_BYTES = 227 * 1024,   /* that a block of capability 9.0 can have */
-	MISC_BYTES = 12 * 1024,    /* barriers, lists of places: kernels/moe_int4.cuh holds it to this */
+	MISC_BYTES = 12 * 1024,    /* barriers, lists of places: kernels/moe_work.cuh holds it to this */
 	DIRECT_PLACES = 64,        /* whose activations and outputs stay on chip in the decode form */
 	DIRECT_VALUES = 16384,
 	INSIDE_PLACES = 256,       /* that each block can sort for itself */
