@@ -21,7 +21,7 @@ extern "C" {
 
 /* The streaming kernel: int4 in the layout of libcore/format/moe_layout.h. */
 typedef struct kk_moe_args {
-	const void *x;             /* bf16 [tokens, hidden] */
+	const void *x;             /* bf16 [tokens, hidden], below 2^62 in size (moe_int4.cu) */
 	const int32_t *ids;        /* [tokens, top_k], of this device's experts */
 	const float *weights;      /* [tokens, top_k] */
 	const uint8_t *gate_up;    /* [experts] at gate_up_stride bytes */

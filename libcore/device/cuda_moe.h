@@ -39,7 +39,7 @@ typedef struct km_moe_weights {
 } km_moe_weights;
 
 typedef struct km_moe_buffers {
-	const void *x;             /* bf16 [tokens, hidden] */
+	const void *x;             /* bf16 [tokens, hidden], below 2^62 in size: beyond, int4 experts may give infinities */
 	const int32_t *ids;        /* [tokens, top_k] */
 	const float *weights;      /* [tokens, top_k] */
 	const int32_t *expert_map; /* [global_experts]: id to place among this device's experts, -1: not here; or NULL */
