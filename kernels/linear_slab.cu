@@ -19,7 +19,7 @@
  *                    All of a layer but router and experts, 1,024 cached tokens: 79 to 41, of which
  *                    mla_cluster.cu 3. What is missing: from launch to launch 1 us, and in each the
  *                    chain of x, its norm, products and sums, 1 to 2.
- *                    H200 (bench_gpu_layer 1 1056; in brackets with a copy for each row of a stage, TRIED 53):
+ *                    H200 (05824a9, bench_gpu_layer 1 1056; in brackets with a copy for each row of a stage, TRIED 53):
  *                    norm, q_a and kv_a   9.2 (9.3)     share of 4.5 TB/s: 0.73
  *                    norm, q_b (TP8)      3.0 (3.6)                        0.35
  *                    o (TP8)              4.9 (5.2)                        0.67

@@ -127,6 +127,9 @@ check() { PATH=$PWD/bin:$PATH run "$CHECK" "$@"; }
 	grep -q "^| test_serve_cuda | - | NOT RUN: no jq" results.md
 	grep -q "^| mla-h100.txt: bench_gpu_mla | - | FAILED" results.md
 	[ ! -e bench/mla-h100.txt ]
+	printf '#!/bin/sh\necho "========= Error: Race reported"\nsleep 9\n' >programs/test_gpu_router
+	GPU_LIMIT=1 GPU_ONLY=test_gpu_router check sanitizers
+	grep -q "^| test_gpu_router few | racecheck | NOT COMPLETED in 1 s, errors until then: 1 |" results.md
 	GPU_SECONDS=1 check tests
 	[ "$status" -eq 1 ]
 	grep -q "^| test_gpu_router | - | NOT COMPLETED in 1 s" results.md

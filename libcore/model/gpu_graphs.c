@@ -26,8 +26,7 @@
  * WORTH   A MoE layer of more than 8 prompt rows is 18 to 20 launches, 14 to 16 of them in a piece. H200
  *         (kimi-serve --bench-one-batch '1,8,2;1,32,2;1,128,2;1,512,2', ms of prefill with graphs and without):
  *         eight layers of K2.5's slice of eight 0.99 / 1.86 / 2.65 / 3.86 for 1.03 / 1.92 / 2.72 / 3.95; kimi-nano 0.29 /
- *         0.41 / 0.87 / 2.89 for 0.29 / 0.47 / 0.89 / 2.94. So they win 2 to 4 % where a layer's work hides its launches
- *         and up to 13 % where it does not, though at either end of a piece no launch begins in its
+ *         0.41 / 0.87 / 2.89 for 0.29 / 0.47 / 0.89 / 2.94, one run of each. So they win 2 to 4 %, and 13 % once, though at either end of a piece no launch begins in its
  *         predecessor's tail. Beyond MOST_BUCKET_ROWS padding would cost more.
  *
  * BOUNDS  At most KM_GPU_FORMS graphs of whole steps, and KM_GPU_BUCKETS times the layers of pieces.
