@@ -36,14 +36,12 @@
  * turn; a slab is cut into stages of whole steps of 512 columns. A stage is one box of a tensor map: asked
  * for row by row, at a hundred cycles a copy, 16 rows came no faster than memory delivers.
  *
- * In a stage, line (block of 64 columns, row) has 128 bytes, eight pieces of 16, piece p at p ^ line % 8.
- * The eight lanes that read at a time have two neighbouring rows, which differ in the lowest bit of the
- * line, and lane t of four the pieces 2 t, then 2 t + 1: one row's are at even places when the other's are
- * at odd ones, and each bank is read once, whatever the number of rows.
+ * In a stage, line (block of 64 columns, row) has 128 bytes, eight pieces of 16, piece p at p ^ line % 8: the same
+ * piece of eight rows is in eight places, whatever the number of rows, and ldmatrix reads each bank once.
  *
  * RULES
- *   Order of a sum: a step is 8 blocks of 64 columns, each 4 parts of the columns 16 t + 4 i to
- *   16 t + 4 i + 3, t = 0 .. 3; part i of a step's block b by rising step; then the parts as
+ *   Order of a sum: a step is 8 blocks of 64 columns, each 4 parts of 16; part i of a step's block b by rising
+ *   step; then the parts as
  *   (0 + 1) + (2 + 3), then block b with b + 4, b + 2, b + 1. It does not depend on the cut into slabs and
  *   stages, nor on the rows. The norm's order is norm.cu's.
  */
@@ -66,14 +64,17 @@ enum {
 	MOST_TOKENS = 8,
 	MOST_GROUPS = 2, /* of 16 rows, in a slab */
 	MOST_STAGES = 16,
-	/* shared memory: barriers, two buffers of the warps' sums, x, stages */
+	/* shared memory: barriers, two buffers of the warps' sums (slab_cut.parts_bytes each), x, stages */
 	AT_FULL = 0,
 	AT_EMPTY = AT_FULL + 8 * MOST_STAGES,
-	AT_PARTS = AT_EMPTY + 8 * MOST_STAGES,
+	AT_MADE = AT_EMPTY + 8 * MOST_STAGES, /* a word: x is made */
+	AT_PARTS = AT_MADE + 16,
 	PART_PITCH = 20, /* 16 rows; tokens in other banks */
-	PARTS_BYTES = WARPS * MOST_TOKENS * PART_PITCH * 4,
-	AT_X = AT_PARTS + 2 * PARTS_BYTES,
 	MOST_BYTES = 226 << 10,
+	WHOLE_BYTES = 140 << 10,  /* a block's weights, where shared memory is to hold them all */
+	WINDOW_BYTES = 64 << 10,  /* where it does not: of a multiprocessor, on their way at a time */
+	BOX_BYTES = 8 << 10,      /* while others still work: at a time, and a multiprocessor's in a cycle */
+	PACE_BYTES = 14,
 	NORM_THREADS = 512, /* norm.cu's */
 	ATTENTION_BLOCKS = 16, /* which leave no room beside them: mla_cluster.cu's */
 	NORM_SHORT = 4 * NORM_THREADS,
@@ -89,7 +90,9 @@ enum slab_form { FORM_GIVEN, FORM_NORM, FORM_NORM_LONG, FORM_NORM_ROWS, FORM_SIL
 struct slab_cut {
 	int rows, slabs, end[KK_LINEAR_WEIGHTS]; /* of a slab; of them, up to each weight's last */
 	int columns;                             /* of a stage */
-	int stages, stage_bytes, x_pitch, at_stages;
+	int stages, stage_bytes, parts_bytes, at_x, x_pitch, at_stages;
+	int ahead, window; /* stages before x is made; on their way at a time */
+	int box, pace;     /* lines of a box; cycles from one to the next until x is made, 0: none */
 };
 
 struct slab_run {
@@ -124,12 +127,29 @@ struct slab_ring {
 	}
 };
 
-/* The lane that fetches: every stage of every slab of this block, as room comes free. */
-__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem)
+/* A stage's boxes. Until x is made at a pace: others' loads, which all wait for, are then quick to come. */
+__device__ __forceinline__ void fetch_stage(const slab_run &r, const slab &s, int line, uint32_t to, uint32_t full,
+                                            uint64_t policy, const volatile int *made, uint32_t &next)
 {
-	int cols = r.a.linear.w[0].cols;
+	for (int l = 0; l < r.cut.columns / LINE; l += r.cut.box) {
+		if (r.cut.pace) {
+			while ((int)(clock() - next) < 0 && !*made)
+				;
+			next += r.cut.pace;
+		}
+		ptx_copy_box(to + l * r.cut.rows * LINE_BYTES, &r.map[s.weight], make_int4(0, s.first, line + l, 0), full,
+		             policy);
+	}
+}
+
+/* The lane that fetches: every stage of every slab of this block, as room comes free. The next launch may begin
+ * when all that can be ahead of x is asked for. */
+__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, const volatile int *made)
+{
+	int cols = r.a.linear.w[0].cols, asked = 0;
 	uint64_t policy = ptx_policy_drop();
-	slab_ring ring = {0, 1};
+	slab_ring ring = {0, 1}, come = {0, 0};
+	uint32_t next = clock();
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x) {
 		slab s = find_slab(r, i);
@@ -137,12 +157,20 @@ __device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem)
 		for (int c = 0; c < cols; c += r.cut.columns, ring.next(r.cut.stages)) {
 			uint32_t full = smem + AT_FULL + 8 * ring.at;
 
+			if (asked >= r.cut.window) {
+				ptx_mbarrier_wait(smem + AT_FULL + 8 * come.at, come.parity);
+				come.next(r.cut.stages);
+			}
 			ptx_mbarrier_wait(smem + AT_EMPTY + 8 * ring.at, ring.parity);
 			ptx_mbarrier_expect(full, r.cut.rows * r.cut.columns * 2);
-			ptx_copy_box(smem + r.cut.at_stages + ring.at * r.cut.stage_bytes,
-			             &r.map[s.weight], make_int4(0, s.first, c / LINE, 0), full, policy);
+			fetch_stage(r, s, c / LINE, smem + r.cut.at_stages + ring.at * r.cut.stage_bytes, full, policy,
+			            made, next);
+			if (++asked == r.cut.ahead)
+				turn_begin(r.a.turn);
 		}
 	}
+	if (asked < r.cut.ahead)
+		turn_begin(r.a.turn);
 }
 
 __device__ __forceinline__ uint32_t pack(float lo, float hi)
@@ -295,7 +323,7 @@ __device__ __forceinline__ void norm_rows(const slab_run &r, const norm_fours<KE
 	for (int t = 0; t < ROWS; t++)
 		if (t < rows)
 			scale_fours(kept[t], w, sums + t * 2 * WARPS, r.a.eps, size, threads,
-			            smem + AT_X + (first + t) * r.cut.x_pitch, thread);
+			            smem + r.cut.at_x + (first + t) * r.cut.x_pitch, thread);
 }
 
 template <int KEPT, int ROWS>
@@ -332,10 +360,10 @@ __device__ __forceinline__ void put_x(const slab_run &r, const char *x, int thre
 template <int FORM>
 __device__ __forceinline__ void make_x(const slab_run &r, char *smem, int thread)
 {
-	char *x = smem + AT_X;
+	char *x = smem + r.cut.at_x;
 
 	if constexpr (FORM == FORM_NORM) {
-		norm_x<1, MOST_TOKENS>(r, smem, thread);
+		norm_x<1, 3>(r, smem, thread);
 	} else if constexpr (FORM == FORM_NORM_LONG || FORM == FORM_NORM_ROWS) {
 		norm_x<4, FORM == FORM_NORM_LONG ? 1 : 2>(r, smem, thread);
 	} else {
@@ -346,84 +374,70 @@ __device__ __forceinline__ void make_x(const slab_run &r, char *smem, int thread
 			give_x(r, x, thread);
 	}
 	ptx_barrier_some(1, CONSUMERS); /* x is written */
+	if (thread == 0)
+		*(volatile int *)(smem + AT_MADE) = 1;
 	if (FORM != FORM_GIVEN && r.a.x_out)
 		put_x(r, x, thread);
 }
 
-/* A warp's sums of 16 rows and 8 tokens: of its lines of a step, each in four parts. */
+/* A warp's sums of GROUPS times 16 rows and 8 tokens: of its line of a step, each in four parts. */
 template <int GROUPS> struct slab_sums {
-	static constexpr int WARPS_OF = WARPS / GROUPS, LINES = STEP / LINE / WARPS_OF;
-	float d[LINES][4][4];
+	float d[GROUPS][4][4];
 };
 
-/* Where a lane's two rows lie in a stage, in bytes: its even piece of each of the warp's lines. */
+/* Where a lane's row of the matrices lies in a stage, in bytes: lane 8 m + i has row i of matrix m, which are rows
+ * 0 .. 7 and 8 .. 15 of columns 0 .. 7, then of 8 .. 15. */
 template <int GROUPS> struct slab_rows {
-	uint32_t upper[slab_sums<GROUPS>::LINES], lower[slab_sums<GROUPS>::LINES];
+	uint32_t at[GROUPS];
 };
-
-__device__ __forceinline__ uint32_t find_piece(int line, int lane)
-{
-	return line * LINE_BYTES + ((lane % 4 * 2 ^ line % 8) * 16);
-}
 
 /* A group of fewer rows reads its last one again. */
 template <int GROUPS>
 __device__ __forceinline__ slab_rows<GROUPS> find_rows(int rows, int warp, int lane)
 {
-	int first = warp % GROUPS * 16 + lane / 4, part = warp / GROUPS;
-	slab_rows<GROUPS> at;
+	slab_rows<GROUPS> r;
 
 #pragma unroll
-	for (int e = 0; e < slab_sums<GROUPS>::LINES; e++) {
-		int line = (part + e * slab_sums<GROUPS>::WARPS_OF) * rows;
+	for (int g = 0; g < GROUPS; g++) {
+		int line = warp * rows + min(g * 16 + lane % 16, rows - 1);
 
-		at.upper[e] = find_piece(line + min(first, rows - 1), lane);
-		at.lower[e] = find_piece(line + min(first + 8, rows - 1), lane);
-		ptx_hold(at.upper[e]); /* here, and not when x is there */
-		ptx_hold(at.lower[e]);
+		r.at[g] = line * LINE_BYTES + (lane / 16 ^ line % 8) * 16;
+		ptx_hold(r.at[g]); /* here, and not when x is there */
 	}
-	return at;
+	return r;
 }
 
-/* x: this lane's token and pieces, from the warp's first line on. hop: bytes of a step in the stage, a
- * multiple of 1,024, so that a line's swizzle is the same in every step. */
+/* `steps` of a stage. w: the stage. x: this lane's token and piece, of the warp's line. hop: bytes of a step in the
+ * stage, a multiple of 1,024, so that a line's swizzle is the same in every step. */
 template <int GROUPS>
-__device__ __forceinline__ void multiply_stage(slab_sums<GROUPS> &sum, const slab_rows<GROUPS> &at,
-                                               const char *w, int hop, const char *x, int lines)
+__device__ __forceinline__ void multiply_stage(slab_sums<GROUPS> &sum, const slab_rows<GROUPS> &rows, uint32_t w,
+                                               uint32_t hop, uint32_t x, int steps)
 {
-	constexpr int WARPS_OF = slab_sums<GROUPS>::WARPS_OF, LINES = slab_sums<GROUPS>::LINES;
+#pragma unroll(3 - GROUPS)
+	for (; steps > 0; steps--, w += hop, x += STEP * 2) {
+		uint32_t v[2][4];
 
-#pragma unroll 2
-	for (; lines > 0; lines -= STEP / LINE, w += hop, x += STEP * 2) {
 #pragma unroll
-		for (int e = 0; e < LINES; e++) {
-			if (e * WARPS_OF >= lines)
-				break;
+		for (int h = 0; h < 2; h++)
+			ptx_load_matrices(v[h], x + h * 64);
 #pragma unroll
-			for (int h = 0; h < 2; h++) {
-				uint4 a = *(const uint4 *)(w + (at.upper[e] ^ h * 16));
-				uint4 b = *(const uint4 *)(w + (at.lower[e] ^ h * 16));
-				uint4 v = *(const uint4 *)(x + e * WARPS_OF * LINE_BYTES + h * 16);
+		for (int g = 0; g < GROUPS; g++) {
+			uint32_t a[4][4];
 
-				ptx_mma_bf16(sum.d[e][2 * h], a.x, b.x, a.y, b.y, v.x, v.y);
-				ptx_mma_bf16(sum.d[e][2 * h + 1], a.z, b.z, a.w, b.w, v.z, v.w);
-			}
+#pragma unroll
+			for (int i = 0; i < 4; i++)
+				ptx_load_matrices(a[i], (w + rows.at[g]) ^ i * 32);
+#pragma unroll
+			for (int i = 0; i < 4; i++)
+				ptx_mma_bf16(sum.d[g][i], a[i][0], a[i][1], a[i][2], a[i][3], v[i / 2][i % 2 * 2],
+				             v[i / 2][i % 2 * 2 + 1]);
 		}
 	}
 }
 
-__device__ __forceinline__ float join_line(const float (&d)[4][4], int i)
+__device__ __forceinline__ float join_parts(const float (&d)[4][4], int i)
 {
 	return (d[0][i] + d[1][i]) + (d[2][i] + d[3][i]);
-}
-
-/* What this warp's lines come to, in the order of the essay. */
-template <int GROUPS>
-__device__ __forceinline__ float join_lines(const slab_sums<GROUPS> &sum, int i)
-{
-	float all = join_line(sum.d[0], i);
-
-	return GROUPS == 1 ? all : all + join_line(sum.d[GROUPS - 1], i);
 }
 
 /* A result's place: a warp has a token, a lane a row of the slab. */
@@ -443,20 +457,35 @@ __device__ __forceinline__ slab_place find_place(const kk_linear_args &a, const 
 	return p;
 }
 
-/* parts: [WARPS][8 tokens][16 rows and room] */
+/* parts: [WARPS][GROUPS][tokens][16 rows and room] */
+template <int GROUPS>
+__device__ __forceinline__ void put_parts(const slab_sums<GROUPS> &sum, float *parts, int tokens, int warp, int lane)
+{
+#pragma unroll
+	for (int g = 0; g < GROUPS; g++)
+#pragma unroll
+		for (int k = 0; k < 4; k++) {
+			int t = lane % 4 * 2 + k % 2;
+
+			if (t < tokens)
+				parts[((warp * GROUPS + g) * tokens + t) * PART_PITCH + lane / 4 + k / 2 * 8] =
+					join_parts(sum.d[g], k);
+		}
+}
+
 template <int GROUPS>
 __device__ __forceinline__ void store_slab(const kk_linear_args &a, const slab &s, const slab_place &to,
                                            const float *parts, int warp, int lane)
 {
-	const float *p = parts + (lane / 16 * MOST_TOKENS + warp) * PART_PITCH + lane % 16;
-	constexpr int NEXT = GROUPS * MOST_TOKENS * PART_PITCH;
+	const float *p = parts + (lane / 16 * a.tokens + warp) * PART_PITCH + lane % 16;
+	int next = GROUPS * a.tokens * PART_PITCH;
 	float q[4], v;
 
 	if (!to.mine)
 		return;
 #pragma unroll
 	for (int k = 0; k < 4; k++)
-		q[k] = GROUPS == 1 ? p[k * NEXT] + p[(k + 4) * NEXT] : p[k * NEXT];
+		q[k] = p[k * next] + p[(k + 4) * next];
 	v = (q[0] + q[2]) + (q[1] + q[3]);
 	if (a.y_bf16)
 		((__nv_bfloat16 *)a.y[s.weight])[to.at] = __float2bfloat16(v);
@@ -465,50 +494,50 @@ __device__ __forceinline__ void store_slab(const kk_linear_args &a, const slab &
 }
 
 template <int GROUPS>
-__device__ __forceinline__ void multiply_slabs(const slab_run &r, const slab_rows<GROUPS> &at, char *smem,
+__device__ __forceinline__ void multiply_slabs(const slab_run &r, const slab_rows<GROUPS> &rows, char *smem,
                                                uint32_t address, int thread)
 {
-	int warp = thread / 32, lane = thread % 32, first = warp / GROUPS;
-	int cols = r.a.linear.w[0].cols, turn = 0, hop = r.cut.rows * STEP * 2;
+	int warp = thread / 32, lane = thread % 32, cols = r.a.linear.w[0].cols, tokens = r.a.linear.tokens, turn = 0;
+	int own = (cols / LINE - warp + WARPS - 1) / WARPS; /* steps of a row in which the warp has a line */
+	int each = (r.cut.columns + STEP - 1) / STEP;
 	slab_ring ring = {0, 0};
-	const char *x = smem + AT_X + min(lane / 4, r.a.linear.tokens - 1) * r.cut.x_pitch +
-	                first * LINE_BYTES + lane % 4 * 32;
+	uint32_t stages = address + r.cut.at_stages, stage_bytes = r.cut.stage_bytes, hop = r.cut.rows * STEP * 2;
+	uint32_t x = address + r.cut.at_x + min(lane % 8, tokens - 1) * r.cut.x_pitch + warp * LINE_BYTES +
+	             lane / 8 * 16;
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x, turn ^= 1) {
 		slab s = find_slab(r, i);
 		slab_place to = find_place(r.a.linear, s, warp, lane);
-		float *parts = (float *)(smem + AT_PARTS + turn * PARTS_BYTES);
+		float *parts = (float *)(smem + AT_PARTS + turn * r.cut.parts_bytes);
 		slab_sums<GROUPS> sum = {};
 
-		for (int c = 0; c < cols; c += r.cut.columns, ring.next(r.cut.stages)) {
-			const char *w = smem + r.cut.at_stages + ring.at * r.cut.stage_bytes;
-
+		for (int c = 0, left = own; c < cols; c += r.cut.columns, left -= each, ring.next(r.cut.stages)) {
 			ptx_mbarrier_wait(address + AT_FULL + 8 * ring.at, ring.parity);
-			multiply_stage<GROUPS>(sum, at, w, hop, x + c * 2,
-			                       min(r.cut.columns, cols - c) / LINE - first);
+			multiply_stage<GROUPS>(sum, rows, stages + ring.at * stage_bytes, hop, x + c * 2, min(left, each));
 			__syncwarp(); /* the warp has read the stage */
 			if (lane == 0)
 				ptx_mbarrier_arrive(address + AT_EMPTY + 8 * ring.at);
 		}
-#pragma unroll
-		for (int k = 0; k < 4; k++)
-			parts[(warp * MOST_TOKENS + lane % 4 * 2 + k % 2) * PART_PITCH + lane / 4 + k / 2 * 8] =
-				join_lines<GROUPS>(sum, k);
+		put_parts<GROUPS>(sum, parts, tokens, warp, lane);
 		ptx_barrier_some(1, CONSUMERS); /* the parts are written; those of two slabs ago were read */
 		store_slab<GROUPS>(r.a.linear, s, to, parts, warp, lane);
 	}
 }
 
+/*
+ * Registers for three blocks a multiprocessor, so that neighbours in a stream are there together; a long norm has
+ * for one or two.
+ */
 template <int GROUPS, int FORM>
-__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_LONG || FORM == FORM_NORM_ROWS ? 1 : 2)
+__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_ROWS ? 1 : FORM == FORM_NORM_LONG || (FORM == FORM_NORM && GROUPS == 2) ? 2 : 3)
 linear_slab(const __grid_constant__ slab_run r)
 {
 	extern __shared__ __align__(1024) char smem[];
 	uint32_t address = ptx_shared_address(smem);
 	int thread = (int)threadIdx.x;
 
-	turn_begin(r.a.turn);
 	if (thread == CONSUMERS) {
+		*(int *)(smem + AT_MADE) = 0;
 		for (int i = 0; i < r.a.linear.weights; i++)
 			ptx_prefetch_map(&r.map[i]);
 		for (int i = 0; i < r.cut.stages; i++) {
@@ -520,12 +549,12 @@ linear_slab(const __grid_constant__ slab_run r)
 	__syncthreads(); /* the barriers are begun */
 	if (thread >= CONSUMERS) {
 		if (thread == CONSUMERS)
-			fetch_slabs(r, address);
+			fetch_slabs(r, address, (const volatile int *)(smem + AT_MADE));
 		return;
 	}
-	slab_rows<GROUPS> at = find_rows<GROUPS>(r.cut.rows, thread / 32, thread % 32);
+	slab_rows<GROUPS> rows = find_rows<GROUPS>(r.cut.rows, thread / 32, thread % 32);
 	make_x<FORM>(r, smem, thread);
-	multiply_slabs<GROUPS>(r, at, smem, address, thread);
+	multiply_slabs<GROUPS>(r, rows, smem, address, thread);
 }
 
 static int x_pitch_of(int cols)
@@ -582,22 +611,36 @@ static void cut_columns(slab_cut *c, int cols, int stage_bytes)
 }
 
 /* As many stages as `room` holds, and are of use. */
-static void cut_stages(slab_cut *c, const kk_linear_args *l, int blocks, int room)
+static void cut_stages(slab_cut *c, const kk_linear_args *l, int useful, int each, int room)
 {
-	int useful = ceil_div(c->slabs, blocks) * ceil_div(l->w[0].cols, c->columns);
-
+	c->parts_bytes = WARPS * (c->rows > 16 ? 2 : 1) * l->tokens * PART_PITCH * 4;
+	c->at_x = AT_PARTS + 2 * c->parts_bytes;
 	c->x_pitch = x_pitch_of(l->w[0].cols);
-	c->at_stages = (AT_X + l->tokens * c->x_pitch + 1023) / 1024 * 1024;
+	c->at_stages = (c->at_x + l->tokens * c->x_pitch + 1023) / 1024 * 1024;
 	c->stages = (room - c->at_stages) / c->stage_bytes;
 	c->stages = c->stages > useful ? useful : c->stages;
 	c->stages = c->stages > MOST_STAGES ? (int)MOST_STAGES : c->stages < 1 ? 1 : c->stages;
+	c->ahead = c->stages;
+	c->window = c->stages < useful ? WINDOW_BYTES / each / c->stage_bytes : c->stages;
+	c->window = c->window < 1 ? 1 : c->window;
+}
+
+/* How weights come while others work. */
+static void cut_boxes(slab_cut *c, int useful, int each)
+{
+	int line = c->rows * LINE_BYTES;
+
+	c->box = c->columns / LINE;
+	while (c->box % 2 == 0 && c->box * line > BOX_BYTES)
+		c->box /= 2;
+	c->pace = useful * c->stage_bytes < WHOLE_BYTES ? c->box * line * each / PACE_BYTES : 0;
 }
 
 /* Of one block a multiprocessor: all of it where a block has several turns, else what leaves the next
  * launch some, and yet holds several stages, whatever x takes. */
 static int room_of_one(bool several, int x_bytes)
 {
-	int room = AT_X + x_bytes + (96 << 10);
+	int room = (12 << 10) + x_bytes + (96 << 10);
 
 	room = room < 160 << 10 ? 160 << 10 : room;
 	return several || room > MOST_BYTES ? (int)MOST_BYTES : room;
@@ -608,7 +651,7 @@ static void cut_slabs(slab_run *r, int *blocks)
 {
 	const kk_linear_slab_args *a = &r->a;
 	const kk_linear_args *l = &a->linear;
-	int cols = l->w[0].cols, each = a->from == KK_X_NORM || cols >= 4096 ? 1 : 2, room = a->smem_bytes;
+	int cols = l->w[0].cols, each = a->from == KK_X_NORM || cols >= 4096 ? 1 : 2, room = a->smem_bytes, useful;
 
 	each = a->blocks_per_sm ? a->blocks_per_sm : each;
 	*blocks = each * (a->multiprocessors - (each > 1 ? ATTENTION_BLOCKS : 0));
@@ -616,7 +659,9 @@ static void cut_slabs(slab_run *r, int *blocks)
 	cut_columns(&r->cut, cols, a->stage_bytes);
 	if (!room)
 		room = each > 1 ? 110 << 10 : room_of_one(r->cut.slabs > *blocks, l->tokens * x_pitch_of(cols));
-	cut_stages(&r->cut, l, *blocks, room);
+	useful = ceil_div(r->cut.slabs, *blocks) * ceil_div(cols, r->cut.columns);
+	cut_stages(&r->cut, l, useful, each, room);
+	cut_boxes(&r->cut, useful, each);
 }
 
 /* [rows, cols] as [lines of a row, rows, columns of a line]: a stage is a box. */
@@ -626,7 +671,7 @@ static cudaError_t map_weight(CUtensorMap *map, const km_weight *w, const slab_c
 	tensor_shape t = {CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, CU_TENSOR_MAP_SWIZZLE_128B, 4, w->data,
 	                  {LINE, rows, (cuuint64_t)w->cols / LINE, 1},
 	                  {row, LINE_BYTES, row * rows},
-	                  {LINE, (cuuint32_t)c->rows, (cuuint32_t)c->columns / LINE, 1}};
+	                  {LINE, (cuuint32_t)c->rows, (cuuint32_t)c->box, 1}};
 
 	return make_tensor_map(map, t);
 }
@@ -647,7 +692,7 @@ static cudaError_t launch_slab(const slab_run *r, int blocks, cudaStream_t strea
 
 	if (bytes > MOST_BYTES)
 		return cudaErrorInvalidValue;
-	rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, MOST_BYTES);
+	rc = allow_shared(kernel, MOST_BYTES);
 	if (rc != cudaSuccess)
 		return rc;
 	config.gridDim = dim3(r->cut.slabs < blocks ? r->cut.slabs : blocks);

@@ -25,7 +25,7 @@
  * work, in its order, to memory and to the tile.
  *
  * RULES
- *   Order: W_kc's rows in 8 runs of 16, added up by rising run; scores in two halves of the columns;
+ *   Order: W_kc's rows in 8 runs of 16, added up by rising run; scores in four parts of the columns;
  *   weights by lane (tokens i, i + 32, i + 64), then a butterfly; tiles of 96 tokens by rising token; the
  *   16 blocks' sums by rising block; W_vc's columns 16 to a lane, then a butterfly. A row depends on its
  *   length only.
@@ -33,6 +33,7 @@
 #include <math_constants.h>
 
 #include "inbox.cuh"
+#include "launch.cuh"
 #include "mla_decode.cuh"
 
 enum {
@@ -45,13 +46,14 @@ enum {
 	PITCH = WIDTH + 8, /* rows spread over the banks */
 	SUM_PITCH = LATENT + 4,
 	UNIT = 16, /* tokens; runs are whole units */
+	PARTS = 4, /* of the columns of scores */
 	LONG = 96, /* tokens of a tile here: as many as shared memory takes */
 };
+static_assert(VALUES / WARPS == 8, "sum_eight");
 static_assert(HALF == THREADS && LONG % 32 == 0, "a column a thread; a lane's tokens 32 apart");
 
 struct cluster_smem {
-	alignas(128) __nv_bfloat16 w_vc[VALUES][LATENT];
-	alignas(16) float4 inbox_sum[BLOCKS][LATENT / 4];
+	alignas(128) float4 inbox_sum[BLOCKS][LATENT / 4];
 	alignas(16) float4 inbox_stat[BLOCKS]; /* largest score (base 2), sum of weights */
 	alignas(16) __nv_bfloat16 query[HEADS][PITCH];
 	union {
@@ -60,14 +62,14 @@ struct cluster_smem {
 	};
 	union { /* one after the other */
 		alignas(16) float absorbed[WARPS][HALF];
-		alignas(16) float score[2][LONG][HEADS + 1];
+		alignas(16) float score[PARTS][LONG][HEADS + 1];
 		alignas(16) float latent[LATENT];
 	};
 	alignas(16) __nv_bfloat16 share[HALF]; /* of the absorbed query */
 	alignas(16) __nv_bfloat16 fresh[WIDTH];
 	alignas(16) __nv_bfloat16 weight[HEADS][LONG + 8];
 	float head_q[NOPE], rescale[HEADS], largest[HEADS], total[HEADS];
-	uint64_t values_full, queries, sums; /* barriers */
+	uint64_t queries, sums; /* barriers */
 };
 static_assert(sizeof(cluster_smem) <= 227 << 10, "what a block can have");
 
@@ -89,15 +91,33 @@ __device__ __forceinline__ void load_w_kc(uint4 (&w)[NOPE / WARPS], const kk_mla
 		w[i] = ptx_load_stream(from + (size_t)i * LATENT);
 }
 
-/* The pieces j, j + 4, ... of 16 bytes of a token, the i-th of a tile; zeros beyond the run. */
-__device__ __forceinline__ void fetch_token(cluster_smem *m, const kk_mla_decode_args &a,
-                                            const cluster_run &r, int token, int i, int j)
+__device__ __forceinline__ const __nv_bfloat16 *w_vc_of(const kk_mla_decode_args &a, const cluster_run &r)
 {
-	bool there = token < r.to;
-	size_t slot = 0;
+	return (const __nv_bfloat16 *)a.kv_b +
+	       ((size_t)r.head * (NOPE + VALUE) + NOPE + r.half * VALUES) * LATENT;
+}
 
-	if (there)
-		slot = mla_slot(a.pages + (size_t)r.seq * a.pages_per_seq, a.page_size, token);
+/* A warp's values, 16 columns of each to a lane. */
+struct values {
+	uint4 w[VALUES / WARPS][2];
+};
+
+__device__ __forceinline__ void load_w_vc(values &v, const kk_mla_decode_args &a, const cluster_run &r, int warp,
+                                          int lane)
+{
+	const __nv_bfloat16 *from = w_vc_of(a, r) + warp * (VALUES / WARPS) * LATENT + lane * 8;
+
+#pragma unroll
+	for (int i = 0; i < VALUES / WARPS; i++)
+#pragma unroll
+		for (int h = 0; h < 2; h++)
+			v.w[i][h] = ptx_load_stream(from + i * LATENT + h * 256);
+}
+
+/* The pieces j, j + 4, ... of 16 bytes of a token, the i-th of a tile; zeros where it is not there. */
+__device__ __forceinline__ void fetch_token(cluster_smem *m, const kk_mla_decode_args &a, size_t slot, bool there,
+                                            int i, int j)
+{
 	if (a.shape.fp8) {
 		const char *from = (const char *)a.cache + slot * WIDTH;
 
@@ -128,11 +148,25 @@ __device__ __forceinline__ int units_of(const cluster_run &r, int first)
 __device__ __forceinline__ void fetch_tile(cluster_smem *m, const kk_mla_decode_args &a,
                                            const cluster_run &r, int first, bool late)
 {
-	int tokens = units_of(r, first) * UNIT;
+	constexpr int EACH = (LONG * 4 + THREADS - 1) / THREADS;
+	int tokens = units_of(r, first) * UNIT, mine = (int)threadIdx.x / 4;
+	size_t slot[EACH];
 
-	for (int i = (int)threadIdx.x / 4; i < tokens; i += THREADS / 4)
-		if ((first + i == r.last) == late)
-			fetch_token(m, a, r, first + i, i, (int)threadIdx.x % 4);
+#pragma unroll
+	for (int k = 0; k < EACH; k++) { /* all pages' numbers on their way at once */
+		int token = first + mine + k * (THREADS / 4);
+
+		slot[k] = 0;
+		if (token < r.to)
+			slot[k] = mla_slot(a.pages + (size_t)r.seq * a.pages_per_seq, a.page_size, token);
+	}
+#pragma unroll
+	for (int k = 0; k < EACH; k++) {
+		int i = mine + k * (THREADS / 4);
+
+		if (i < tokens && (first + i == r.last) == late)
+			fetch_token(m, a, slot[k], first + i < r.to, i, (int)threadIdx.x % 4);
+	}
 }
 
 /* This step's row, by one warp, in rope_kv.cu's order: to the cache and to `fresh`. */
@@ -160,31 +194,49 @@ __device__ __forceinline__ void put_eight(cluster_smem *m, const kk_mla_decode_a
 	*(uint4 *)&m->fresh[at] = wide;
 }
 
-__device__ __forceinline__ void make_row(cluster_smem *m, const kk_mla_decode_args &a,
-                                         const cluster_run &r, int lane)
+struct new_row {
+	float4 x[4];
+	float sum; /* of squares, this lane's */
+	float k_pe[8];
+	int slot, position;
+};
+
+__device__ __forceinline__ void load_row(new_row &n, const kk_mla_decode_args &a, const cluster_run &r, int lane)
 {
 	const float *latent = a.kv_a + (size_t)r.seq * a.kv_a_stride, *k_pe = latent + LATENT;
-	const float *turn = a.cos_sin + (size_t)a.positions[r.seq] * ROPE;
-	int slot = a.slots[r.seq];
-	float4 x[4], w[4];
-	float sum = 0.0f, v[8];
 
+	n.position = a.positions[r.seq], n.slot = a.slots[r.seq];
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		n.x[i] = __ldcg((const float4 *)(latent + i / 2 * 256 + lane * 8 + i % 2 * 4));
+	if (lane < ROPE / 8)
+#pragma unroll
+		for (int i = 0; i < 8; i++)
+			n.k_pe[i] = __ldcg(k_pe + lane * 8 + i);
+	n.sum = 0.0f;
 #pragma unroll
 	for (int i = 0; i < 4; i++) { /* rope_kv's order of the sum: four of each 128 */
 		float4 y = __ldcg((const float4 *)(latent + lane * 4 + i * 128));
 
-		sum += y.x * y.x;
-		sum += y.y * y.y;
-		sum += y.z * y.z;
-		sum += y.w * y.w;
+		n.sum += y.x * y.x;
+		n.sum += y.y * y.y;
+		n.sum += y.z * y.z;
+		n.sum += y.w * y.w;
 	}
-#pragma unroll
-	for (int i = 0; i < 4; i++) {
-		int c = i / 2 * 256 + lane * 8 + i % 2 * 4;
+}
 
-		x[i] = __ldcg((const float4 *)(latent + c));
-		w[i] = *(const float4 *)(a.norm + c);
-	}
+__device__ __forceinline__ void make_row(cluster_smem *m, const new_row &n, const kk_mla_decode_args &a,
+                                         const cluster_run &r, int lane)
+{
+	const float *turn = a.cos_sin + (size_t)n.position * ROPE;
+	const float4 *x = n.x;
+	int slot = n.slot;
+	float4 w[4];
+	float sum = n.sum, v[8];
+
+#pragma unroll
+	for (int i = 0; i < 4; i++)
+		w[i] = *(const float4 *)(a.norm + i / 2 * 256 + lane * 8 + i % 2 * 4);
 	float factor = 1.0f / sqrtf(mla_sum_lanes(sum) / (float)LATENT + a.eps);
 #pragma unroll
 	for (int h = 0; h < 2; h++) {
@@ -198,7 +250,7 @@ __device__ __forceinline__ void make_row(cluster_smem *m, const kk_mla_decode_ar
 #pragma unroll
 	for (int i = 0; i < 8; i += 2) {
 		float cosine = turn[(lane * 8 + i) / 2], sine = turn[(lane * 8 + i + ROPE) / 2];
-		float first = __ldcg(k_pe + lane * 8 + i), second = __ldcg(k_pe + lane * 8 + i + 1);
+		float first = n.k_pe[i], second = n.k_pe[i + 1];
 
 		v[i] = first * cosine - second * sine;
 		v[i + 1] = second * cosine + first * sine;
@@ -263,34 +315,37 @@ __device__ __forceinline__ void absorb_and_send(cluster_smem *m, const uint4 (&w
 	}
 }
 
-/* scores of 16 tokens, from the tile's `first` on, and 8 heads, over half the columns */
-__device__ __forceinline__ void score_unit(cluster_smem *m, int first, int part, int lane)
-{
-	constexpr int STEPS = WIDTH / 16 / 2;
-	int g = lane / 4, t = lane % 4;
-	uint32_t rows = ptx_shared_address(
-		&m->tile[first + lane % 16][part * STEPS * 16 + lane / 16 * 8]);
-	const __nv_bfloat16 *q = &m->query[g][part * STEPS * 16 + t * 2];
-	float d[2][4] = {};
-
-#pragma unroll 6
-	for (int k = 0; k < STEPS; k++) {
-		uint32_t a[4];
-
-		ptx_load_matrices(a, rows + k * 32);
-		ptx_mma_bf16(d[k % 2], a[0], a[1], a[2], a[3], *(const uint32_t *)(q + k * 16),
-		             *(const uint32_t *)(q + k * 16 + 8));
-	}
-#pragma unroll
-	for (int i = 0; i < 4; i++)
-		m->score[part][first + g + i / 2 * 8][t * 2 + i % 2] = d[0][i] + d[1][i];
-}
-
+/* Scores of the tile's tokens and 8 heads: a warp has a quarter of the columns and every other unit, whose
+ * products it does side by side. */
 __device__ __forceinline__ void score_tile(cluster_smem *m, int units, int warp, int lane)
 {
-#pragma unroll 1
-	for (int i = warp % 4; i < units; i += 4)
-		score_unit(m, i * UNIT, warp / 4, lane);
+	constexpr int STEPS = WIDTH / 16 / PARTS, EACH = LONG / UNIT / 2;
+	int g = lane / 4, t = lane % 4, part = warp % PARTS, own = warp / PARTS;
+	uint32_t rows = ptx_shared_address(
+		&m->tile[own * UNIT + lane % 16][part * STEPS * 16 + lane / 16 * 8]);
+	const __nv_bfloat16 *q = &m->query[g][part * STEPS * 16 + t * 2];
+	float d[EACH][4] = {};
+
+#pragma unroll 3
+	for (int k = 0; k < STEPS; k++) {
+		uint32_t b0 = *(const uint32_t *)(q + k * 16), b1 = *(const uint32_t *)(q + k * 16 + 8);
+
+#pragma unroll
+		for (int u = 0; u < EACH; u++) {
+			uint32_t a[4];
+
+			if (own + 2 * u >= units)
+				break;
+			ptx_load_matrices(a, rows + u * 2 * UNIT * PITCH * 2 + k * 32);
+			ptx_mma_bf16(d[u], a[0], a[1], a[2], a[3], b0, b1);
+		}
+	}
+#pragma unroll
+	for (int u = 0; u < EACH; u++)
+		if (own + 2 * u < units)
+#pragma unroll
+			for (int i = 0; i < 4; i++)
+				m->score[part][(own + 2 * u) * UNIT + g + i / 2 * 8][t * 2 + i % 2] = d[u][i];
 }
 
 /* A warp's head: weights of the tile's tokens, the largest score so far, the weights' sum. */
@@ -307,7 +362,9 @@ __device__ __forceinline__ void weigh_tile(cluster_smem *m, const cluster_run &r
 
 		s[i] = -CUDART_INF_F;
 		if (first + token < r.to)
-			s[i] = (m->score[0][token][head] + m->score[1][token][head]) * to_base2;
+			s[i] = ((m->score[0][token][head] + m->score[1][token][head]) +
+			        (m->score[2][token][head] + m->score[3][token][head])) *
+			       to_base2;
 		most = fmaxf(most, s[i]);
 	}
 	most = fmaxf(largest, mla_max_lanes(most));
@@ -413,10 +470,28 @@ __device__ __forceinline__ void join_sums(cluster_smem *m)
 	__syncthreads(); /* the latent is written */
 }
 
-__device__ __forceinline__ void store_values(cluster_smem *m, const kk_mla_decode_args &a,
+/* Eight sums over the lanes at once, each in mla_sum_lanes' order; lane l has that of l / 4. */
+__device__ __forceinline__ float sum_eight(float (&v)[8], int lane)
+{
+#pragma unroll
+	for (int n = 4; n > 0; n /= 2) {
+		bool upper = lane & 4 * n;
+
+#pragma unroll
+		for (int i = 0; i < n; i++) {
+			float give = upper ? v[i] : v[i + n], keep = upper ? v[i + n] : v[i];
+
+			v[i] = keep + __shfl_xor_sync(0xffffffffu, give, 4 * n);
+		}
+	}
+	v[0] += __shfl_xor_sync(0xffffffffu, v[0], 2);
+	return v[0] + __shfl_xor_sync(0xffffffffu, v[0], 1);
+}
+
+__device__ __forceinline__ void store_values(cluster_smem *m, const values &v, const kk_mla_decode_args &a,
                                              const cluster_run &r, int warp, int lane)
 {
-	float x[16], mine = 0.0f;
+	float x[16], all[VALUES / WARPS] = {};
 
 #pragma unroll
 	for (int i = 0; i < 4; i++)
@@ -424,27 +499,21 @@ __device__ __forceinline__ void store_values(cluster_smem *m, const kk_mla_decod
 			*(const float4 *)&m->latent[i / 2 * 256 + lane * 8 + i % 2 * 4];
 #pragma unroll
 	for (int i = 0; i < VALUES / WARPS; i++) {
-		float sum = 0.0f;
-
 #pragma unroll
 		for (int h = 0; h < 2; h++) {
-			uint4 v = *(const uint4 *)&m->w_vc[warp * (VALUES / WARPS) + i]
-			                                  [h * 256 + lane * 8];
-			const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+			const uint32_t word[4] = {v.w[i][h].x, v.w[i][h].y, v.w[i][h].z, v.w[i][h].w};
 
 #pragma unroll
 			for (int k = 0; k < 4; k++) {
-				sum += x[h * 8 + 2 * k] * mla_low(word[k]);
-				sum += x[h * 8 + 2 * k + 1] * mla_high(word[k]);
+				all[i] += x[h * 8 + 2 * k] * mla_low(word[k]);
+				all[i] += x[h * 8 + 2 * k + 1] * mla_high(word[k]);
 			}
 		}
-		sum = mla_sum_lanes(sum);
-		if (lane == i)
-			mine = sum;
 	}
-	if (lane < VALUES / WARPS)
+	float mine = sum_eight(all, lane);
+	if (lane % 4 == 0)
 		((__nv_bfloat16 *)a.out)[((size_t)r.seq * HEADS + r.head) * VALUE + r.half * VALUES +
-		                         warp * (VALUES / WARPS) + lane] = __float2bfloat16_rn(mine);
+		                         warp * (VALUES / WARPS) + lane / 4] = __float2bfloat16_rn(mine);
 }
 
 /* The block's run of the cache. The first tile is on its way but for this step's row. */
@@ -482,19 +551,20 @@ __device__ __forceinline__ void attend_run(cluster_smem *m, const kk_mla_decode_
 }
 
 /* Block x: of the cluster; y: row. */
-__global__ void __launch_bounds__(THREADS, 1) decode_cluster(kk_mla_decode_args a)
+__global__ void __maxnreg__(144) decode_cluster(kk_mla_decode_args a)
 {
 	extern __shared__ __align__(128) char raw[];
 	cluster_smem *m = (cluster_smem *)raw;
 	int thread = (int)threadIdx.x, warp = thread / 32, lane = thread % 32;
 	cluster_run r;
 	uint4 w[NOPE / WARPS];
+	values v;
+	new_row row;
 	float sum[4][4] = {};
 
 	ptx_release_successor();
 	r.seq = (int)blockIdx.y, r.rank = (int)blockIdx.x, r.head = r.rank / 2, r.half = r.rank % 2;
 	if (thread == 0) {
-		ptx_mbarrier_init(ptx_shared_address(&m->values_full), 1);
 		inbox_open(&m->queries);
 		inbox_open(&m->sums);
 	}
@@ -502,15 +572,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_cluster(kk_mla_decode_args 
 	if (thread == 0) {
 		inbox_expect(&m->queries, HEADS * LATENT * 2);
 		inbox_expect(&m->sums, BLOCKS * (LATENT * 4 + 16));
-		inbox_expect(&m->values_full, VALUES * LATENT * 2);
-		ptx_copy_bulk(ptx_shared_address(m->w_vc),
-		              (const __nv_bfloat16 *)a.kv_b +
-		                      ((size_t)r.head * (NOPE + VALUE) + NOPE + r.half * VALUES) *
-		                              LATENT,
-		              VALUES * LATENT * 2, ptx_shared_address(&m->values_full));
+		ptx_prefetch_bulk(w_vc_of(a, r), VALUES * LATENT * 2);
 	}
 	ptx_cluster_arrive();
-	load_w_kc(w, a, r, warp, lane);
 	int context = max(a.kv_len[r.seq], 0);
 	int each = (context + BLOCKS * UNIT - 1) / (BLOCKS * UNIT) * UNIT;
 	r.last = context - 1;
@@ -518,19 +582,24 @@ __global__ void __launch_bounds__(THREADS, 1) decode_cluster(kk_mla_decode_args 
 	r.to = min(r.from + each, context);
 	if (r.from < r.to)
 		fetch_tile(m, a, r, r.from, false);
+	load_w_kc(w, a, r, warp, lane);
 	ptx_wait_predecessor();
 	load_query(m, a, r, warp, lane);
-	if (a.kv_a && r.last >= r.from && r.last < r.to && warp == WARPS - 1)
-		make_row(m, a, r, lane);
-	__syncthreads(); /* the query, and this step's row, are written */
+	bool makes = a.kv_a && r.last >= r.from && r.last < r.to && warp == WARPS - 1;
+	if (makes)
+		load_row(row, a, r, lane);
+	__syncthreads(); /* the query is written */
 	absorb_and_send(m, w, r, warp, lane);
+	if (makes)
+		make_row(m, row, a, r, lane);
+	__syncthreads(); /* this step's row is written */
 	inbox_wait(&m->queries);
 	attend_run(m, a, r, sum, warp, lane);
+	load_w_vc(v, a, r, warp, lane);
 	send_sums(m, sum, r, warp, lane);
 	inbox_wait(&m->sums);
 	join_sums(m);
-	ptx_mbarrier_wait(ptx_shared_address(&m->values_full), 0);
-	store_values(m, a, r, warp, lane);
+	store_values(m, v, a, r, warp, lane);
 }
 
 extern "C" cudaError_t kk_mla_decode_cluster(const kk_mla_decode_args *a, cudaStream_t stream)
@@ -539,8 +608,7 @@ extern "C" cudaError_t kk_mla_decode_cluster(const kk_mla_decode_args *a, cudaSt
 
 	if (!fits(a) || a->shape.heads != HEADS)
 		return cudaErrorInvalidValue;
-	rc = cudaFuncSetAttribute(decode_cluster, cudaFuncAttributeMaxDynamicSharedMemorySize,
-	                          sizeof(cluster_smem));
+	rc = allow_shared(decode_cluster, sizeof(cluster_smem));
 	if (rc == cudaSuccess)
 		rc = cudaFuncSetAttribute(decode_cluster,
 		                          cudaFuncAttributeNonPortableClusterSizeAllowed, 1);

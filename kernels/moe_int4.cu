@@ -41,8 +41,10 @@
  *   Ids are checked where they are sorted (sort_inside, kk_align). Order of sums: the columns of a warp,
  *   in order; then the warps that share the rows, in order; then a token's places, in the order of k.
  *   It depends on the tile, never on who runs when: which block has which item is arithmetic.
- *   All blocks run at once (a cooperative launch), because they wait for each other; the counters they
- *   wait by go round and need no clearing.
+ *   All blocks run at once, because they wait for each other; the counters they wait by go round and need no
+ *   clearing. A launch by itself is cooperative. One that overlaps (pdl) is one of a stream's: what went before
+ *   does not wait for it and ends, what comes after begins when all its blocks have begun, and no block is more
+ *   than a multiprocessor holds. So on a device only one stream may have launches with pdl under way.
  */
 #include "moe_int4.cuh"
 

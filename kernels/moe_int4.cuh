@@ -5,6 +5,7 @@
 #ifndef KK_MOE_INT4_CUH
 #define KK_MOE_INT4_CUH
 
+#include "launch.cuh"
 #include "moe_fetch.cuh"
 
 /* ---- The warps that multiply. ---- */
@@ -655,10 +656,9 @@ template <typename L, typename Kernel, typename... More>
 static cudaError_t launch_stream(const kk_moe_args *a, Kernel kernel, int threads, cudaStream_t stream,
                                  const More &...more)
 {
-	cudaLaunchAttribute attr[2] = {};
+	cudaLaunchAttribute attr = {};
 	cudaLaunchConfig_t config = {};
-	cudaError_t rc = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-	                                      (int)a->smem_bytes);
+	cudaError_t rc = allow_shared(kernel, a->smem_bytes);
 
 	if (rc != cudaSuccess)
 		return rc;
@@ -668,13 +668,16 @@ static cudaError_t launch_stream(const kk_moe_args *a, Kernel kernel, int thread
 	config.blockDim = dim3(threads);
 	config.dynamicSmemBytes = a->smem_bytes;
 	config.stream = stream;
-	config.attrs = attr;
-	/* All blocks run at once, or none: they wait for each other. */
-	attr[config.numAttrs].id = cudaLaunchAttributeCooperative;
-	attr[config.numAttrs++].val.cooperative = 1;
+	config.attrs = &attr;
+	/* All blocks run at once, or none: they wait for each other. A launch that overlaps needs nobody to say so
+	 * (moe_int4.cu, RULES), and a cooperative one begins 1 us later. */
+	config.numAttrs = 1;
 	if (a->pdl) {
-		attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-		attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+		attr.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+		attr.val.programmaticStreamSerializationAllowed = 1;
+	} else {
+		attr.id = cudaLaunchAttributeCooperative;
+		attr.val.cooperative = 1;
 	}
 	return cudaLaunchKernelEx(&config, kernel, *a, more...);
 }

@@ -619,6 +619,14 @@ __device__ __forceinline__ void ptx_copy_box(uint32_t to, const void *map, int4 
 #endif
 }
 
+/* To L2: a multiple of 16 bytes, from a multiple of 16. */
+__device__ __forceinline__ void ptx_prefetch_bulk(const void *from, uint32_t bytes)
+{
+#if __CUDA_ARCH__ >= 900
+	asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 __device__ __forceinline__ void ptx_prefetch_map(const void *map)
 {
 #if __CUDA_ARCH__ >= 900
