@@ -33,8 +33,14 @@
  * begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier
  * kernels still work, as far as shared memory goes. Eight warps wait for the predecessor, put x into
  * shared memory, and multiply on tensor cores as the stages come in. A block has one slab or several in
- * turn; a slab is cut into stages of whole steps of 512 columns. A stage is one box of a tensor map: asked
+ * turn; a slab is cut into stages of whole steps of 512 columns, a stage into boxes of a tensor map: asked
  * for row by row, at a hundred cycles a copy, 16 rows came no faster than memory delivers.
+ *
+ * What a launch waits for in the end are small loads, of x, of a context's length and pages, each for the one
+ * before; and each takes four times as long while memory works off a queue of weights (TRIED 57). So weights
+ * that fit come at a pace, some three quarters of memory's, until x is made; of those that do not fit only so
+ * many are on their way as keep memory busy; and the successor begins, and asks for its own, when this launch
+ * has asked for what it has room for. Registers are 72 a thread, so that neighbours fit a multiprocessor together.
  *
  * In a stage, line (block of 64 columns, row) has 128 bytes, eight pieces of 16, piece p at p ^ line % 8: the same
  * piece of eight rows is in eight places, whatever the number of rows, and ldmatrix reads each bank once.
@@ -67,14 +73,14 @@ enum {
 	/* shared memory: barriers, two buffers of the warps' sums (slab_cut.parts_bytes each), x, stages */
 	AT_FULL = 0,
 	AT_EMPTY = AT_FULL + 8 * MOST_STAGES,
-	AT_MADE = AT_EMPTY + 8 * MOST_STAGES, /* a word: x is made */
+	AT_MADE = AT_EMPTY + 8 * MOST_STAGES, /* x is made */
 	AT_PARTS = AT_MADE + 16,
 	PART_PITCH = 20, /* 16 rows; tokens in other banks */
 	MOST_BYTES = 226 << 10,
-	WHOLE_BYTES = 140 << 10,  /* a block's weights, where shared memory is to hold them all */
-	WINDOW_BYTES = 64 << 10,  /* where it does not: of a multiprocessor, on their way at a time */
-	BOX_BYTES = 8 << 10,      /* while others still work: at a time, and a multiprocessor's in a cycle */
-	PACE_BYTES = 14,
+	PACED_BYTES = 140 << 10, /* weights of a block, up to which they come at a pace */
+	PACE = 14,               /* bytes a cycle and multiprocessor: three quarters of an H200's memory */
+	BOX_BYTES = 8 << 10,     /* at a time, then */
+	WINDOW_BYTES = 64 << 10, /* of more than there is room for: on their way to a multiprocessor at a time */
 	NORM_THREADS = 512, /* norm.cu's */
 	ATTENTION_BLOCKS = 16, /* which leave no room beside them: mla_cluster.cu's */
 	NORM_SHORT = 4 * NORM_THREADS,
@@ -91,8 +97,8 @@ struct slab_cut {
 	int rows, slabs, end[KK_LINEAR_WEIGHTS]; /* of a slab; of them, up to each weight's last */
 	int columns;                             /* of a stage */
 	int stages, stage_bytes, parts_bytes, at_x, x_pitch, at_stages;
-	int ahead, window; /* stages before x is made; on their way at a time */
-	int box, pace;     /* lines of a box; cycles from one to the next until x is made, 0: none */
+	int window;    /* stages on their way at a time */
+	int box, pace; /* lines of a box; cycles from one to the next until x is made, 0: no wait */
 };
 
 struct slab_run {
@@ -127,49 +133,57 @@ struct slab_ring {
 	}
 };
 
-/* A stage's boxes. Until x is made at a pace: others' loads, which all wait for, are then quick to come. */
-__device__ __forceinline__ void fetch_stage(const slab_run &r, const slab &s, int line, uint32_t to, uint32_t full,
-                                            uint64_t policy, const volatile int *made, uint32_t &next)
+struct slab_fetch {
+	uint32_t smem, next; /* when the next box is asked for */
+	uint64_t policy;
+};
+
+/* Until x is made, others still work: what they wait for is then quick to come. */
+__device__ __forceinline__ void keep_pace(const slab_run &r, slab_fetch &f)
 {
-	for (int l = 0; l < r.cut.columns / LINE; l += r.cut.box) {
-		if (r.cut.pace) {
-			while ((int)(clock() - next) < 0 && !*made)
-				;
-			next += r.cut.pace;
-		}
-		ptx_copy_box(to + l * r.cut.rows * LINE_BYTES, &r.map[s.weight], make_int4(0, s.first, line + l, 0), full,
-		             policy);
+	if (!r.cut.pace)
+		return;
+	while ((int)(clock() - f.next) < 0 && !ptx_mbarrier_is_over(f.smem + AT_MADE, 0))
+		;
+	f.next += r.cut.pace;
+}
+
+/* A stage's boxes, from column c on. */
+__device__ __forceinline__ void fetch_stage(const slab_run &r, slab_fetch &f, const slab &s, int c, int stage)
+{
+	uint32_t to = f.smem + r.cut.at_stages + stage * r.cut.stage_bytes, full = f.smem + AT_FULL + 8 * stage;
+
+	ptx_mbarrier_expect(full, r.cut.rows * r.cut.columns * 2);
+	for (int line = 0; line < r.cut.columns / LINE; line += r.cut.box) {
+		keep_pace(r, f);
+		ptx_copy_box(to + line * r.cut.rows * LINE_BYTES, &r.map[s.weight], make_int4(0, s.first, c / LINE + line, 0),
+		             full, f.policy);
 	}
 }
 
 /* The lane that fetches: every stage of every slab of this block, as room comes free. The next launch may begin
- * when all that can be ahead of x is asked for. */
-__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem, const volatile int *made)
+ * when all that there is room for is asked for. */
+__device__ __forceinline__ void fetch_slabs(const slab_run &r, uint32_t smem)
 {
 	int cols = r.a.linear.w[0].cols, asked = 0;
-	uint64_t policy = ptx_policy_drop();
+	slab_fetch f = {smem, (uint32_t)clock(), ptx_policy_drop()};
 	slab_ring ring = {0, 1}, come = {0, 0};
-	uint32_t next = clock();
 
 	for (int i = (int)blockIdx.x; i < r.cut.slabs; i += (int)gridDim.x) {
 		slab s = find_slab(r, i);
 
 		for (int c = 0; c < cols; c += r.cut.columns, ring.next(r.cut.stages)) {
-			uint32_t full = smem + AT_FULL + 8 * ring.at;
-
 			if (asked >= r.cut.window) {
 				ptx_mbarrier_wait(smem + AT_FULL + 8 * come.at, come.parity);
 				come.next(r.cut.stages);
 			}
 			ptx_mbarrier_wait(smem + AT_EMPTY + 8 * ring.at, ring.parity);
-			ptx_mbarrier_expect(full, r.cut.rows * r.cut.columns * 2);
-			fetch_stage(r, s, c / LINE, smem + r.cut.at_stages + ring.at * r.cut.stage_bytes, full, policy,
-			            made, next);
-			if (++asked == r.cut.ahead)
+			fetch_stage(r, f, s, c, ring.at);
+			if (++asked == r.cut.stages)
 				turn_begin(r.a.turn);
 		}
 	}
-	if (asked < r.cut.ahead)
+	if (asked < r.cut.stages)
 		turn_begin(r.a.turn);
 }
 
@@ -375,7 +389,7 @@ __device__ __forceinline__ void make_x(const slab_run &r, char *smem, int thread
 	}
 	ptx_barrier_some(1, CONSUMERS); /* x is written */
 	if (thread == 0)
-		*(volatile int *)(smem + AT_MADE) = 1;
+		ptx_mbarrier_arrive(ptx_shared_address(smem + AT_MADE));
 	if (FORM != FORM_GIVEN && r.a.x_out)
 		put_x(r, x, thread);
 }
@@ -525,11 +539,13 @@ __device__ __forceinline__ void multiply_slabs(const slab_run &r, const slab_row
 }
 
 /*
- * Registers for three blocks a multiprocessor, so that neighbours in a stream are there together; a long norm has
- * for one or two.
+ * Registers for three blocks a multiprocessor, so that neighbours in a stream are there together; a long norm
+ * takes those of one or two.
  */
 template <int GROUPS, int FORM>
-__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_ROWS ? 1 : FORM == FORM_NORM_LONG || (FORM == FORM_NORM && GROUPS == 2) ? 2 : 3)
+__global__ void __launch_bounds__(THREADS, FORM == FORM_NORM_ROWS                                      ? 1
+                                           : FORM == FORM_NORM_LONG || (FORM == FORM_NORM && GROUPS == 2) ? 2
+                                                                                                          : 3)
 linear_slab(const __grid_constant__ slab_run r)
 {
 	extern __shared__ __align__(1024) char smem[];
@@ -537,7 +553,7 @@ linear_slab(const __grid_constant__ slab_run r)
 	int thread = (int)threadIdx.x;
 
 	if (thread == CONSUMERS) {
-		*(int *)(smem + AT_MADE) = 0;
+		ptx_mbarrier_init(address + AT_MADE, 1);
 		for (int i = 0; i < r.a.linear.weights; i++)
 			ptx_prefetch_map(&r.map[i]);
 		for (int i = 0; i < r.cut.stages; i++) {
@@ -549,7 +565,7 @@ linear_slab(const __grid_constant__ slab_run r)
 	__syncthreads(); /* the barriers are begun */
 	if (thread >= CONSUMERS) {
 		if (thread == CONSUMERS)
-			fetch_slabs(r, address, (const volatile int *)(smem + AT_MADE));
+			fetch_slabs(r, address);
 		return;
 	}
 	slab_rows<GROUPS> rows = find_rows<GROUPS>(r.cut.rows, thread / 32, thread % 32);
@@ -620,7 +636,6 @@ static void cut_stages(slab_cut *c, const kk_linear_args *l, int useful, int eac
 	c->stages = (room - c->at_stages) / c->stage_bytes;
 	c->stages = c->stages > useful ? useful : c->stages;
 	c->stages = c->stages > MOST_STAGES ? (int)MOST_STAGES : c->stages < 1 ? 1 : c->stages;
-	c->ahead = c->stages;
 	c->window = c->stages < useful ? WINDOW_BYTES / each / c->stage_bytes : c->stages;
 	c->window = c->window < 1 ? 1 : c->window;
 }
@@ -633,11 +648,12 @@ static void cut_boxes(slab_cut *c, int useful, int each)
 	c->box = c->columns / LINE;
 	while (c->box % 2 == 0 && c->box * line > BOX_BYTES)
 		c->box /= 2;
-	c->pace = useful * c->stage_bytes < WHOLE_BYTES ? c->box * line * each / PACE_BYTES : 0;
+	c->pace = useful * c->stage_bytes < PACED_BYTES ? c->box * line * each / PACE : 0;
 }
 
-/* Of one block a multiprocessor: all of it where a block has several turns, else what leaves the next
- * launch some, and yet holds several stages, whatever x takes. */
+/* Of one block a multiprocessor: all of it where a block has several turns, else what leaves the next launch room
+ * for a block, and yet holds several stages, whatever x takes. Room for two of q_b's would leave mla_cluster.cu's
+ * none (TRIED 58). */
 static int room_of_one(bool several, int x_bytes)
 {
 	int room = (12 << 10) + x_bytes + (96 << 10);
@@ -664,7 +680,7 @@ static void cut_slabs(slab_run *r, int *blocks)
 	cut_boxes(&r->cut, useful, each);
 }
 
-/* [rows, cols] as [lines of a row, rows, columns of a line]: a stage is a box. */
+/* [rows, cols] as [lines of a row, rows, columns of a line]: a stage is some boxes, one behind the other. */
 static cudaError_t map_weight(CUtensorMap *map, const km_weight *w, const slab_cut *c)
 {
 	cuuint64_t row = (cuuint64_t)w->cols * 2, rows = (cuuint64_t)w->rows;

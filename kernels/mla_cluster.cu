@@ -15,14 +15,14 @@
  *                   chain of a layer, 12.7.
  *
  * Block r of the 16 has head r / 2 for the products with kv_b: of W_kc half the columns, in registers,
- * of W_vc half the values, in shared memory, both on their way before the predecessor has ended; and
- * every block has its run of the cached tokens, all heads of it, the first tile fetched as early but for
- * this step's row. Two exchanges, by stores that count themselves in (inbox.cuh): each block's share of
+ * of W_vc half the values, in L2 and, while the sums travel, in registers, both on their way before the predecessor
+ * has ended; and every block has its run of the cached tokens, all heads of it, the first tile fetched as early but
+ * for this step's row. Two exchanges, by stores that count themselves in (inbox.cuh): each block's share of
  * the absorbed queries goes to all, each block's sums for a head go to the two that have it. Products
  * are mma.sync with the heads as the eight columns: scores tokens x heads, sums latents x heads.
  *
  * Where kv_a is given, the block that has a row's last token makes that row of the cache: rope_kv.cu's
- * work, in its order, to memory and to the tile.
+ * work, in its order, to memory and to the tile, while the queries travel.
  *
  * RULES
  *   Order: W_kc's rows in 8 runs of 16, added up by rising run; scores in four parts of the columns;
@@ -41,6 +41,7 @@ enum {
 	HEADS = 8,
 	WARPS = 8,
 	THREADS = 32 * WARPS,
+	AS_THREADS = 448, /* 128 registers a thread: room beside for a block of linear_slab.cu, the launch before */
 	HALF = LATENT / 2, /* columns of W_kc a block has */
 	VALUES = VALUE / 2,
 	PITCH = WIDTH + 8, /* rows spread over the banks */
@@ -551,7 +552,7 @@ __device__ __forceinline__ void attend_run(cluster_smem *m, const kk_mla_decode_
 }
 
 /* Block x: of the cluster; y: row. */
-__global__ void __maxnreg__(144) decode_cluster(kk_mla_decode_args a)
+__global__ void __launch_bounds__(AS_THREADS, 1) decode_cluster(kk_mla_decode_args a)
 {
 	extern __shared__ __align__(128) char raw[];
 	cluster_smem *m = (cluster_smem *)raw;

@@ -37,7 +37,8 @@ typedef struct kk_moe_args {
 	int tokens, top_k, experts, hidden, intermediate, group;
 	int block_m, block_n, group_m, warps, stages, x_stages, blocks; /* blocks: up to 255 */
 	size_t smem_bytes, sums_bytes;
-	bool y_bf16, accumulate, part_bf16, inside, direct, pdl;
+	bool y_bf16, accumulate, part_bf16, inside, direct;
+	bool pdl;                  /* as dense.h says; then only one stream of the device may have such launches */
 } kk_moe_args;
 
 cudaError_t kk_moe_stream(const kk_moe_args *args, cudaStream_t stream);

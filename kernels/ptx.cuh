@@ -267,6 +267,23 @@ __device__ __forceinline__ void ptx_mbarrier_wait_cluster(uint32_t barrier, uint
 #endif
 }
 
+/* Whether the phase of that parity is over; does not wait. */
+__device__ __forceinline__ bool ptx_mbarrier_is_over(uint32_t barrier, uint32_t parity)
+{
+	uint32_t over = 0;
+#if __CUDA_ARCH__ >= 900
+	asm volatile("{\n.reg .pred p;\n"
+	             "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+	             "selp.u32 %0, 1, 0, p;\n}"
+	             : "=r"(over)
+	             : "r"(barrier), "r"(parity)
+	             : "memory");
+#else
+	__trap();
+#endif
+	return over;
+}
+
 /* A barrier of `threads` of the block's, numbered 1 to 15. */
 __device__ __forceinline__ void ptx_barrier_some(int barrier, int threads)
 {

@@ -4,7 +4,8 @@
  *
  * A kernel releases its successor, which may begin from then on, and waits for its predecessor: for
  * its end, and for all that it wrote to be visible on the device. As a rule (AFTER) it releases at
- * once and waits before it touches anything but weights. Two neighbours that need nothing of each
+ * once, or when it has asked for the weights that it fetches ahead, and waits before it touches anything
+ * but weights. Two neighbours that need nothing of each
  * other then still go one after the other. Side by side, B holds back C, which is beside B:
  *
  *   A  =========|                        ~  waits; its weights are on their way
