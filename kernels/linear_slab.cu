@@ -19,15 +19,17 @@
  *                    All of a layer but router and experts, 1,024 cached tokens: 79 to 41, of which
  *                    mla_cluster.cu 3. What is missing: from launch to launch 1 us, and in each the
  *                    chain of x, its norm, products and sums, 1 to 2.
- *                    H200 (05824a9, bench_gpu_layer 1 1056; in brackets with a copy for each row of a stage, TRIED 53):
- *                    norm, q_a and kv_a   9.2 (9.3)     share of 4.5 TB/s: 0.73
- *                    norm, q_b (TP8)      3.0 (3.6)                        0.35
- *                    o (TP8)              4.9 (5.2)                        0.67
- *                    norm, gate, up and router (TP8) 7.4 (6.3)             0.39
- *                    silu, down (TP8)     3.0 (3.1)                        0.28
- *                    head's share (TP8)  67.2 (84.9)                       0.97
- *                    All of a layer but the experts, 1,056 cached tokens, the router's product joined and
- *                    its gate beside down: 37.9 (37.9); 4 rows 48.4, 8 rows 62.6.
+ *                    H200 (75c62a5, bench_gpu_layer; in brackets 05824a9, with 1,056 cached tokens: all weights asked
+ *                    for as fast as they can be, two 16-byte reads of shared memory for what ldmatrix reads now):
+ *                    norm, q_a and kv_a   8.7 (9.2)     share of 4.5 TB/s: 0.78
+ *                    norm, q_b (TP8)      3.0 (3.0)                        0.35
+ *                    o (TP8)              5.9 (4.9), which alone keeps a pace in vain; 4.6 behind attention
+ *                    norm, gate, up and router (TP8) 5.6 (7.4)             0.51
+ *                    silu, down (TP8)     3.0 (3.0)                        0.28
+ *                    head's share (TP8)  67.5 (67.2)                       0.97
+ *                    All of a layer but the experts, 1,024 cached tokens, the router's product joined and
+ *                    its gate beside down: 35.2 (37.7); with 1,056, a commit before, 4 rows 44.6 (48.4), 8 rows
+ *                    64.1 (62.6: of q_b's norm 3 rows at a time, not 8).
  *
  * A block has a slab of consecutive rows, which one lane asks the copy engine for as soon as the block
  * begins: it waits for no predecessor, so where launches overlap the weights arrive while earlier

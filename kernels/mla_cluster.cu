@@ -12,7 +12,8 @@
  *                   tile more in a block costs 3.5 (2,048 tokens in two tiles of 64: 10.2), so a tile is
  *                   as long as fits: one to 1,536 tokens, two to 3,072. On H200, 1 row of 1,056 tokens
  *                   (76cbd31, bench_gpu_layer 1 1056): 7.0 and 7.6; three launches and rope_kv's, in the
- *                   chain of a layer, 12.7.
+ *                   chain of a layer, 12.7. Since W_vc has left shared memory, so that a block fits beside
+ *                   the launch before: 8.0 alone, and 9.8 of a layer's chain instead of 11.2 (75c62a5).
  *
  * Block r of the 16 has head r / 2 for the products with kv_b: of W_kc half the columns, in registers,
  * of W_vc half the values, in L2 and, while the sums travel, in registers, both on their way before the predecessor
