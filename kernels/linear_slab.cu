@@ -28,7 +28,7 @@
  *                    silu, down (TP8)     3.0 (3.0)                        0.28
  *                    head's share (TP8)  67.5 (67.2)                       0.97
  *                    All of a layer but the experts, 1,024 cached tokens, the router's product joined and
- *                    its gate beside down: 35.2 (37.7); with 1,056, a commit before, 4 rows 44.6 (48.4), 8 rows
+ *                    its gate beside down: 35.2 (b3cd804: 37.7); with 1,056, a commit before, 4 rows 44.6 (48.4), 8 rows
  *                    64.1 (62.6: of q_b's norm 3 rows at a time, not 8).
  *
  * A block has a slab of consecutive rows, which one lane asks the copy engine for as soon as the block
@@ -39,8 +39,8 @@
  * for row by row, at a hundred cycles a copy, 16 rows came no faster than memory delivers.
  *
  * What a launch waits for in the end are small loads, of x, of a context's length and pages, each for the one
- * before; and each takes four times as long while memory works off a queue of weights (TRIED 57). So weights
- * that fit come at a pace, some three quarters of memory's, until x is made; of those that do not fit only so
+ * before; and each takes three times as long while memory works off a queue of weights (TRIED 57). So weights
+ * that fit come at a pace, some four fifths of memory's, until x is made; of those that do not fit only so
  * many are on their way as keep memory busy; and the successor begins, and asks for its own, when this launch
  * has asked for what it has room for. Registers are 72 a thread, so that neighbours fit a multiprocessor together.
  *
@@ -80,7 +80,7 @@ enum {
 	PART_PITCH = 20, /* 16 rows; tokens in other banks */
 	MOST_BYTES = 226 << 10,
 	PACED_BYTES = 140 << 10, /* weights of a block, up to which they come at a pace */
-	PACE = 14,               /* bytes a cycle and multiprocessor: three quarters of an H200's memory */
+	PACE = 14,               /* bytes a cycle and multiprocessor: at 1.98 GHz four fifths of an H200's memory */
 	BOX_BYTES = 8 << 10,     /* at a time, then */
 	WINDOW_BYTES = 64 << 10, /* of more than there is room for: on their way to a multiprocessor at a time */
 	NORM_THREADS = 512, /* norm.cu's */
@@ -658,7 +658,7 @@ static void cut_boxes(slab_cut *c, int useful, int each)
  * none (TRIED 58). */
 static int room_of_one(bool several, int x_bytes)
 {
-	int room = (12 << 10) + x_bytes + (96 << 10);
+	int room = x_bytes + (108 << 10);
 
 	room = room < 160 << 10 ? 160 << 10 : room;
 	return several || room > MOST_BYTES ? (int)MOST_BYTES : room;

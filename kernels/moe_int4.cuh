@@ -669,8 +669,8 @@ static cudaError_t launch_stream(const kk_moe_args *a, Kernel kernel, int thread
 	config.dynamicSmemBytes = a->smem_bytes;
 	config.stream = stream;
 	config.attrs = &attr;
-	/* All blocks run at once, or none: they wait for each other. A launch that overlaps needs nobody to say so
-	 * (moe_int4.cu, RULES), and a cooperative one begins 1 us later. */
+	/* Blocks wait for each other. Where launches overlap, all run at once without being told to (moe_int4.cu, RULES),
+	 * and a cooperative launch begins 1 us later. */
 	config.numAttrs = 1;
 	if (a->pdl) {
 		attr.id = cudaLaunchAttributeProgrammaticStreamSerialization;
