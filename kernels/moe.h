@@ -15,6 +15,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "router.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -28,11 +30,15 @@ typedef struct kk_moe_args {
 	const uint8_t *down;       /* [experts] at down_stride bytes */
 	size_t gate_up_stride, down_stride;
 	const int32_t *sorted, *block_expert, *total; /* kk_align's, when not `inside` */
-	void *act;                 /* bf16 [tokens * top_k, intermediate] */
+	void *act;                 /* bf16 [tokens * top_k, intermediate]; `direct`: 64 kB, zero before the first call */
 	void *part;                /* f32 or bf16 [tokens * top_k, hidden], when not `direct` */
 	void *y;                   /* f32 or bf16 [tokens, hidden] */
 	int32_t *sync;             /* 64 words, zero before the first call; calls that may run at once: one each */
 	int32_t *ready;            /* a word for each tile of places, likewise; NULL: all wait for all */
+	/* What goes before, in the same launch (moe_front.cuh). Without gate.logits ids and weights are there. */
+	kk_gate_args gate;         /* its ids and weights are those above, and are written */
+	const void *shared_down;   /* bf16 [hidden, 256]: y is added the shared experts' too */
+	const float *shared_gate, *shared_up; /* [tokens, 256] */
 	float scale;
 	int tokens, top_k, experts, hidden, intermediate, group;
 	int block_m, block_n, group_m, warps, stages, x_stages, blocks; /* blocks: up to 255 */

@@ -24,20 +24,19 @@ __device__ __forceinline__ int cached_expert(const kk_moe_args &a, const stream_
 	return f.expert;
 }
 
-/* One stage: `pieces` copies of `bytes`, lane i's from `from` (NULL: none) to piece i. */
-__device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s, weight_fetch &f, int pieces,
-                                            uint32_t pitch, uint32_t bytes, const uint8_t *from)
+/* One stage: a record a lane, from `from` (NULL: none) to the lane's place. */
+__device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s, weight_fetch &f, const uint8_t *from)
 {
-	int lane = threadIdx.x % 32;
+	int lane = threadIdx.x % 32, records = __popc(__ballot_sync(0xffffffffu, from != NULL));
 	uint32_t full = barrier_of(s->full, f.r.at);
 
 	ptx_mbarrier_wait(barrier_of(s->empty, f.r.at), f.r.parity ^ 1);
 	if (lane == 0)
-		ptx_mbarrier_expect(full, pieces * bytes);
+		ptx_mbarrier_expect(full, records * w.record_bytes);
 	__syncwarp();
 	if (from)
-		ptx_copy_bulk_policy(w.stage0 + f.r.at * w.stage_bytes + lane * pitch, from, bytes, full,
-		                     f.policy);
+		ptx_copy_bulk_policy(w.stage0 + f.r.at * w.stage_bytes + lane * w.record_bytes, from, w.record_bytes,
+		                     full, f.policy);
 	f.r.next();
 }
 
@@ -56,14 +55,39 @@ __device__ __forceinline__ void fetch_box(const stream_work &w, stream_smem *s, 
 	f.r.next();
 }
 
+/*
+ * The decode form's down projection. A warp's unit is two row blocks of one tile's expert, a stage a record of each.
+ * Stages come behind gate-and-up's, which every block waits for: DOWN_AHEAD at most on their way (TRIED 60).
+ */
 template <typename L>
+__device__ __forceinline__ void fetch_direct(const kk_moe_args &a, const stream_work &w, stream_smem *s,
+                                             weight_fetch &f)
+{
+	static_assert(L::W * L::RB == 32 && L::REC == 1, "a record a lane");
+	int lane = threadIdx.x % 32, blocks = w.down_hi - w.down_lo, units = (blocks + L::RB - 1) / L::RB * w.tiles;
+
+	for (int u = lane / L::RB, left = units; left > 0; u += L::W, left -= L::W) {
+		int block = u / max(w.tiles, 1) * L::RB + lane % L::RB;
+		const uint8_t *from = NULL;
+
+		if (u < units && block < blocks)
+			from = a.down + (size_t)expert_of(a, s, u % w.tiles) * a.down_stride +
+			       (size_t)(w.down_lo + block) * w.down_records * w.record_bytes;
+		for (int c = 0; c < w.down_records; c++) {
+			ring before = f.r.before(DOWN_AHEAD);
+
+			ptx_mbarrier_wait(barrier_of(s->full, before.at), before.parity);
+			fetch_stage(w, s, f, from ? from + (size_t)c * w.record_bytes : NULL);
+		}
+	}
+}
+
+template <typename L, bool DIRECT>
 __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream_maps &maps, const stream_work &w,
                                               stream_smem *s)
 {
-	int lane = threadIdx.x % 32;
 	weight_fetch f = {{0, 0, w.stages}, ptx_policy_drop(), -1, 0};
 	constexpr int UP_PIECES = L::ROWS / 16, DOWN_PIECES = L::DOWN_ROWS / 16;
-	uint32_t rec = w.record_bytes;
 	int row_tiles = 2 * a.intermediate / L::ROWS;
 	item it = find_item(w.up_lo, w.tiles, row_tiles, a.group_m);
 
@@ -73,7 +97,10 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 		for (int c = 0; c < w.up_records; c += L::PER)
 			fetch_box(w, s, f, &maps.gate_up, UP_PIECES * L::PER, c, it.rows * UP_PIECES, expert);
 	}
-	if (!a.direct) {
+	if constexpr (DIRECT) {
+		__syncwarp(); /* the other lanes have waited for nothing yet */
+		fetch_direct<L>(a, w, s, f);
+	} else {
 		row_tiles = a.hidden / L::DOWN_ROWS;
 		it = find_item(w.down_lo, w.tiles, row_tiles, a.group_m);
 		for (int i = w.down_lo; i < w.down_hi; i++, next_item(it, w.tiles, row_tiles, a.group_m)) {
@@ -83,23 +110,6 @@ __device__ __forceinline__ void fetch_weights(const kk_moe_args &a, const stream
 				fetch_box(w, s, f, &maps.down, DOWN_PIECES * L::REC, c, it.rows * DOWN_PIECES,
 				          expert);
 		}
-		return;
-	}
-	__syncwarp(); /* the other lanes have waited for nothing yet */
-	/* A warp's unit is a row block of a tile's expert, with all of the warp's room in a stage. */
-	constexpr int REC = L::RB * L::REC;
-	int units = (w.down_hi - w.down_lo) * w.tiles;
-
-	for (int u = 0; u < units; u += L::W) {
-		int pieces = min(L::W, units - u);
-		const uint8_t *from = NULL;
-
-		if (lane < pieces)
-			from = a.down + (size_t)expert_of(a, s, (u + lane) % w.tiles) * a.down_stride +
-			       (size_t)(w.down_lo + (u + lane) / w.tiles) * w.down_records * rec;
-		for (int c = 0; c < w.down_records; c += REC)
-			fetch_stage(w, s, f, pieces, REC * rec, min(REC, w.down_records - c) * rec,
-			            from ? from + (size_t)c * rec : NULL);
 	}
 }
 
@@ -164,11 +174,11 @@ __device__ __forceinline__ void fetch_rows(const kk_moe_args &a, const stream_wo
 
 /*
  * A counter of arrivals: every launch adds 256, one for each block but the first, which adds the rest;
- * the round a block is in is what it read before it arrived, without the last eight bits.
+ * the round a block is in is what it read before it arrived, but for the last eight bits.
  */
 __device__ __forceinline__ int round_of(const int32_t *counter)
 {
-	return __ldcg(counter) & ~255;
+	return __ldcg(counter);
 }
 
 __device__ __forceinline__ void arrive_round(int32_t *counter)
@@ -178,7 +188,7 @@ __device__ __forceinline__ void arrive_round(int32_t *counter)
 
 __device__ __forceinline__ void wait_round(const int32_t *counter, int round)
 {
-	while ((ptx_load_acquire(counter) & ~255) == round)
+	while (((ptx_load_acquire(counter) ^ round) & ~255) == 0)
 		;
 }
 
@@ -213,7 +223,7 @@ __device__ __forceinline__ void clear_ready(const kk_moe_args &a, int tiles, int
 		a.ready[i] = 0;
 }
 
-template <typename L>
+template <typename L, bool DIRECT>
 __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const stream_work &w, stream_smem *s,
                                                   int round)
 {
@@ -231,7 +241,7 @@ __device__ __forceinline__ void fetch_activations(const kk_moe_args &a, const st
 			                    (size_t)a.hidden * 2, min(L::PER, w.up_records - c) * RECORD_COLS * 2,
 			                    L::UP_PITCH);
 	}
-	if (a.direct)
+	if (DIRECT)
 		return;
 	tile = -1;
 	row_tiles = a.hidden / L::DOWN_ROWS;

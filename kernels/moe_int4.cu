@@ -48,25 +48,45 @@
  */
 #include "moe_int4.cuh"
 
+/* Tiles of eight places, WR warps along the rows. */
+template <int WR>
+static cudaError_t launch_eight(const kk_moe_args *a, cudaStream_t stream)
+{
+	using shape = tile<8, 2, WR, 16, 1>;
+
+	return a->direct ? launch_tile<shape, true>(a, stream) : launch_tile<shape, false>(a, stream);
+}
+
+/* What moe_front.cuh was built for. */
+static bool front_fits(const kk_moe_args *a)
+{
+	return a->direct && a->gate.bias && a->tokens <= FRONT_TOKENS && a->tokens * a->top_k <= WARP_PLACES && a->experts == FRONT_EXPERTS &&
+	       a->top_k <= KK_FAST_TOP_K && a->gate.groups <= 1 && !a->gate.softmax && !a->gate.expert_map &&
+	       a->gate.tokens == a->tokens && a->gate.experts == a->experts && a->gate.top_k == a->top_k &&
+	       a->accumulate && !a->y_bf16 && a->sums_bytes >= sizeof(front_smem) &&
+	       (a->hidden / 16 + a->blocks - 1) / a->blocks <= FRONT_BLOCKS;
+}
+
 cudaError_t kk_moe_stream(const kk_moe_args *a, cudaStream_t stream)
 {
 	if (a->stages < 2 || a->stages > MAX_STAGES || a->x_stages < 2 || a->x_stages > MAX_X_STAGES ||
 	    a->blocks < 1 || a->blocks > MAX_BLOCKS || a->hidden % RECORD_COLS ||
 	    a->intermediate % RECORD_COLS || (a->direct && !a->inside) ||
 	    (a->inside && a->tokens * a->top_k > INSIDE_PLACES) ||
-	    (a->direct && (a->block_m != 8 || a->tokens * a->top_k > DIRECT_PLACES)))
+	    (a->direct && (a->block_m != 8 || a->tokens * a->top_k > DIRECT_PLACES)) ||
+	    (a->gate.logits && !front_fits(a)))
 		return cudaErrorInvalidValue;
 	switch (a->block_m << 16 | a->block_n) {
 	case 8 << 16 | 32:
-		return launch_tile<tile<8, 2, 1, 16, 1>>(a, stream);
+		return launch_eight<1>(a, stream);
 	case 8 << 16 | 64:
-		return launch_tile<tile<8, 2, 2, 16, 1>>(a, stream);
+		return launch_eight<2>(a, stream);
 	case 8 << 16 | 128:
-		return launch_tile<tile<8, 2, 4, 16, 1>>(a, stream);
+		return launch_eight<4>(a, stream);
 	case 8 << 16 | 256:
-		return launch_tile<tile<8, 2, 8, 16, 1>>(a, stream);
+		return launch_eight<8>(a, stream);
 	case 8 << 16 | 512:
-		return launch_tile<tile<8, 2, 16, 16, 1>>(a, stream);
+		return launch_eight<16>(a, stream);
 	}
 	return moe_stream_large(a, stream);
 }

@@ -7,6 +7,7 @@
 
 #include "launch.cuh"
 #include "moe_fetch.cuh"
+#include "moe_front.cuh"
 
 /* ---- The warps that multiply. ---- */
 
@@ -148,10 +149,14 @@ __device__ __forceinline__ lane_parts lane_records(int lane, int group_shift, ui
 	return p;
 }
 
-/* One record of each of the warp's row blocks, `block_pitch` apart, times 128 columns of `rows` places. */
-template <typename L>
+/*
+ * One record of each of the warp's row blocks, `block_pitch` apart, times 128 columns of `rows` places. READY: the
+ * activations are 2^64 times themselves, and `bias` is where those of this lane's two places are, a word for 32 columns.
+ */
+template <typename L, bool READY = false>
 __device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const lane_parts &p, uint32_t record,
-                                                uint32_t block_pitch, uint32_t x, const x_rows<L> &own, int rows)
+                                                uint32_t block_pitch, uint32_t x, const x_rows<L> &own, int rows,
+                                                const uint2 &bias_at = {})
 {
 	uint32_t codes = record + p.codes;
 
@@ -184,7 +189,13 @@ __device__ __forceinline__ void multiply_record(tile_sums<L> &sum, const lane_pa
 					float bias[4];
 
 					ptx_load_matrices(b, x + x_offset<L>(own, n) + k * 64);
-					if (L::BIASED) {
+					if (READY) {
+						uint32_t at = (half * 2 + k) * 4;
+
+						bias[0] = __uint_as_float(ptx_load_shared_word(bias_at.x + at));
+						bias[1] = __uint_as_float(ptx_load_shared_word(bias_at.y + at));
+						bias[2] = 16.0f * bias[0], bias[3] = 16.0f * bias[1];
+					} else if (L::BIASED) {
 #pragma unroll
 						for (int i = 0; i < 4; i++)
 							b[i] = bf16x2_mul(b[i], TWICE_2_64);
@@ -243,13 +254,41 @@ __device__ __forceinline__ void join(tile_sums<L> &sum, float *sums, int warp_ro
 		}
 }
 
-/* act = silu(gate) * up of one item; a lane's first two sums are gate's, the others up's. */
-template <typename L>
-__device__ __forceinline__ void store_act(const kk_moe_args &a, const tile_sums<L> &sum, const int *places,
+/*
+ * The decode form's activations say of themselves that they are there: what is stored is a value's bits inverted, which
+ * are never zero, since the bf16 of all ones is a NaN that no conversion gives. There are two sets; a launch uses one
+ * and clears the other. So that no block waits for a counter and then for what was counted.
+ */
+__device__ __forceinline__ char *direct_acts(const kk_moe_args &a, int launch, int further)
+{
+	return (char *)a.act + ((launch >> 8) + further) % 2 * (DIRECT_VALUES * 2);
+}
+
+__device__ __forceinline__ void clear_acts(const kk_moe_args &a, int launch)
+{
+	int i = threadIdx.x * gridDim.x + blockIdx.x;
+
+	if (i < DIRECT_VALUES / 8)
+		((uint4 *)direct_acts(a, launch, 1))[i] = make_uint4(0, 0, 0, 0);
+}
+
+__device__ __forceinline__ bool has_zero(uint32_t v)
+{
+	return (v - 0x00010001u) & ~v & 0x80008000u;
+}
+
+__device__ __forceinline__ bool is_there(const uint4 &v)
+{
+	return !(has_zero(v.x) || has_zero(v.y) || has_zero(v.z) || has_zero(v.w));
+}
+
+/* act = silu(gate) * up of one item; a lane's first two sums are gate's, the others up's. INVERTED: direct_acts. */
+template <typename L, bool INVERTED>
+__device__ __forceinline__ void store_act(const kk_moe_args &a, char *to, const tile_sums<L> &sum, const int *places,
                                           int rows, int first)
 {
 	int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-	__nv_bfloat16 *act = (__nv_bfloat16 *)a.act + first + g;
+	unsigned short *act = (unsigned short *)to + first + g;
 
 #pragma unroll
 	for (int n = 0; n < L::NT; n++)
@@ -262,8 +301,9 @@ __device__ __forceinline__ void store_act(const kk_moe_args &a, const tile_sums<
 #pragma unroll
 			for (int r = 0; r < L::RB; r++)
 				act[(size_t)places[row] * a.intermediate + r * 8] =
-					__float2bfloat16(silu(L::UNIT * sum[r][n][i]) *
-					                 (L::UNIT_8 * sum[r][n][2 + i]));
+					__bfloat16_as_ushort(__float2bfloat16(silu(L::UNIT * sum[r][n][i]) *
+					                                      (L::UNIT_8 * sum[r][n][2 + i]))) ^
+					(INVERTED ? 0xffff : 0);
 		}
 }
 
@@ -326,9 +366,9 @@ __device__ __forceinline__ void give_stage(const uint64_t *empty, int at)
 		ptx_mbarrier_arrive(barrier_of(empty, at));
 }
 
-template <typename L>
+template <typename L, bool DIRECT>
 __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_work &w, stream_smem *s,
-                                            const lane_parts &p, int warp, float *sums, rings &q)
+                                            const lane_parts &p, int warp, float *sums, rings &q, char *act)
 {
 	int warp_row = warp % L::WR, warp_column = warp / L::WR;
 	uint32_t rec = w.record_bytes, first = w.stage0 + warp_row * L::RB * L::PER * rec;
@@ -355,14 +395,14 @@ __device__ __forceinline__ void multiply_up(const kk_moe_args &a, const stream_w
 			if (last) {
 				join<L>(sum, sums, warp_row, warp_column);
 				if (warp_column == 0)
-					store_act<L>(a, sum, s->places[q.x.at], s->rows[q.x.at],
+					store_act<L, DIRECT>(a, act, sum, s->places[q.x.at], s->rows[q.x.at],
 					             (s->item[q.x.at].y * L::WR + warp_row) * L::RB * 8);
 				tile = s->item[q.x.at].x;
 			}
 			give_stage(s->x_empty, q.x.at);
 			q.x.next();
 		}
-		if (warp_column == 0)
+		if (!DIRECT && warp_column == 0)
 			finish_part(a, tile);
 	}
 }
@@ -399,89 +439,169 @@ __device__ __forceinline__ void multiply_down(const kk_moe_args &a, const stream
 	}
 }
 
-__device__ __forceinline__ void store_y(const kk_moe_args &a, size_t at, float sum)
+/* What a sum is added to. */
+__device__ __forceinline__ float load_y(const kk_moe_args &a, size_t at)
+{
+	if (!a.accumulate)
+		return 0.0f;
+	return a.y_bf16 ? __bfloat162float(((const __nv_bfloat16 *)a.y)[at]) : ((const float *)a.y)[at];
+}
+
+__device__ __forceinline__ void store_y(const kk_moe_args &a, size_t at, float before, float sum)
 {
 	float v = a.scale * sum;
 
-	if (a.y_bf16) {
-		__nv_bfloat16 *y = (__nv_bfloat16 *)a.y + at;
-
-		*y = __float2bfloat16(a.accumulate ? __bfloat162float(*y) + v : v);
-	} else {
-		float *y = (float *)a.y + at;
-
-		*y = a.accumulate ? *y + v : v;
-	}
+	v = a.accumulate ? before + v : v;
+	if (a.y_bf16)
+		((__nv_bfloat16 *)a.y)[at] = __float2bfloat16(v);
+	else
+		((float *)a.y)[at] = v;
 }
 
-/* All places' activations, in the tiles' order, past the copy engine: they are few, and it is slower. */
-template <typename L>
-__device__ __forceinline__ void load_act(const kk_moe_args &a, const stream_smem *s, char *to)
+__device__ __forceinline__ void add_y(const kk_moe_args &a, size_t at, float sum)
 {
-	int row_pieces = a.intermediate / 8;
+	store_y(a, at, load_y(a, at), sum);
+}
 
-	for (int i = threadIdx.x; i < s->places_here * row_pieces; i += 32 * L::W) {
-		int p = i / row_pieces, piece = i - p * row_pieces;
+/* Number o of the elements that the decode form sums in this block. */
+struct direct_place {
+	int row, block, token;
+	size_t at; /* of y */
+};
 
-		*(uint4 *)(to + p * (a.intermediate * 2 + PAD) + piece * 16) =
-			ptx_load_fresh((const char *)a.act + ((size_t)s->order[p] * row_pieces + piece) * 16);
+__device__ __forceinline__ direct_place place_of(const kk_moe_args &a, const stream_work &w, int o)
+{
+	int blocks = w.down_hi - w.down_lo;
+	direct_place p = {o % 16, o / 16 % blocks, o / 16 / blocks, 0};
+
+	p.at = (size_t)p.token * a.hidden + (w.down_lo + p.block) * 16 + p.row;
+	return p;
+}
+
+/* What this thread's first element is added to, on its way while the experts work. */
+__device__ __forceinline__ float load_first(const kk_moe_args &a, const stream_work &w)
+{
+	int o = threadIdx.x;
+
+	return o < (w.down_hi - w.down_lo) * a.tokens * 16 ? load_y(a, place_of(a, w, o).at) : 0.0f;
+}
+
+/* Of a place's row of activations in shared memory: -8 times the sums of each 32, in row g's unit, behind them. */
+__device__ __forceinline__ uint32_t act_pitch(const kk_moe_args &a)
+{
+	return a.intermediate * 2 + a.intermediate / 8 + PAD;
+}
+
+/* Eight of a row's: 2^64 times themselves, and their sum. */
+__device__ __forceinline__ float take_eight(uint4 &v)
+{
+	uint32_t *word = &v.x;
+	float sum = 0.0f;
+
+#pragma unroll
+	for (int i = 0; i < 4; i++) {
+		word[i] = ~word[i];
+		sum += __uint_as_float(word[i] << 16) + __uint_as_float(word[i] & 0xffff0000u);
+		word[i] = bf16x2_mul(word[i], TWICE_2_64);
+	}
+	return sum;
+}
+
+/* All places' activations, in the tiles' order, as they come: past the copy engine, since they are few and it is
+ * slower. A warp has 32 pieces of eight at a time, AHEAD times on their way at once. */
+template <typename L>
+__device__ __forceinline__ void load_act(const kk_moe_args &a, const stream_smem *s, const char *act, char *to)
+{
+	constexpr int AHEAD = 4, HOP = 32 * L::W;
+	int row_pieces = a.intermediate / 8, all = s->places_here * row_pieces;
+
+	for (int first = threadIdx.x; first - (int)threadIdx.x % 32 < all; first += AHEAD * HOP) {
+		uint4 v[AHEAD];
+
+#pragma unroll
+		for (int k = 0; k < AHEAD; k++) {
+			int i = first + k * HOP, p = i / row_pieces;
+
+			if (i < all)
+				v[k] = ptx_load_fresh(act + ((size_t)s->order[p] * row_pieces + (i - p * row_pieces)) * 16);
+		}
+#pragma unroll
+		for (int k = 0; k < AHEAD; k++) {
+			int i = first + k * HOP, p = i / row_pieces, piece = i - p * row_pieces;
+			char *row = to + p * act_pitch(a);
+			float sum;
+
+			while (i < all && !is_there(v[k]))
+				v[k] = ptx_load_fresh(act + ((size_t)s->order[p] * row_pieces + piece) * 16);
+			sum = take_eight(v[k]);
+			sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+			sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+			if (i < all)
+				*(uint4 *)(row + piece * 16) = v[k];
+			if (i < all && piece % 4 == 0)
+				*(float *)(row + a.intermediate * 2 + piece) = -0x1p-66f * sum;
+		}
 	}
 	ptx_barrier_some(BAR_ALL, 32 * L::W); /* they are in shared memory */
 }
 
 /*
- * Row blocks of all experts at once: a warp's unit is a row block of one tile's expert. All of this
+ * Row blocks of all experts at once: a warp's unit is some row blocks of one tile's expert. All of this
  * block's places' rows meet in shared memory, and are summed in the order of k.
  */
 template <typename L>
 __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stream_work &w, stream_smem *s,
-                                                const lane_parts &p, char *base, float *sums, rings &q)
+                                                const lane_parts &p, char *base, float *sums, rings &q, const char *act,
+                                                float before)
 {
 	int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-	int places = a.tokens * a.top_k, blocks = w.down_hi - w.down_lo, units = blocks * w.tiles;
-	int tile = w.tiles ? warp % w.tiles : 0, block = w.tiles ? warp / w.tiles : 0;
-	uint32_t rec = w.record_bytes, pitch = a.intermediate * 2 + PAD;
+	int places = a.tokens * a.top_k, blocks = w.down_hi - w.down_lo;
+	int units = (blocks + L::RB - 1) / L::RB * w.tiles;
+	int tile = w.tiles ? warp % w.tiles : 0, block = w.tiles ? warp / w.tiles * L::RB : 0;
+	uint32_t rec = w.record_bytes, pitch = act_pitch(a), first = w.stage0 + warp * L::RB * rec;
 
-	load_act<L>(a, s, base + w.stages * w.stage_bytes);
+	load_act<L>(a, s, act, base + w.stages * w.stage_bytes);
 	for (int u = 0; u < units; u += L::W) {
 		bool mine = u + warp < units;
 		int at = mine ? s->tile_first[tile] : 0, rows = mine ? s->tile_rows[tile] : 1;
+		uint32_t x = w.x0 + at * pitch;
+		uint2 bias = {x + min(2 * t, rows - 1) * pitch + a.intermediate * 2,
+		              x + min(2 * t + 1, rows - 1) * pitch + a.intermediate * 2};
 		x_rows<L> own = lane_rows<L>(rows, pitch);
 		tile_sums<L> sum;
 
 		clear<L>(sum);
-		for (int c = 0; c < w.down_records; c += L::REC) {
-			int n = mine ? min(L::REC, w.down_records - c) : 0;
-			uint32_t stage = w.stage0 + q.w.at * w.stage_bytes + warp * L::REC * rec;
-			uint32_t x = w.x0 + at * pitch + c * RECORD_COLS * 2;
-
+		for (int c = 0; c < w.down_records; c++) {
 			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
-			for (int k = 0; k < n; k++)
-				multiply_record<L>(sum, p, stage + k * rec, 0, x + k * RECORD_COLS * 2, own, rows);
+			if (mine)
+				multiply_record<L, true>(sum, p, first + q.w.at * w.stage_bytes, rec, x, own, rows, bias);
+			x += RECORD_COLS * 2;
+			bias.x += RECORD_COLS / 8, bias.y += RECORD_COLS / 8;
 			give_stage(s->empty, q.w.at);
 			q.w.next();
 		}
-		if (mine)
+#pragma unroll
+		for (int r = 0; r < L::RB; r++)
 #pragma unroll
 			for (int v = 0; v < 4; v++)
-				if (2 * t + v % 2 < rows)
-					sums[(block * places + at + 2 * t + v % 2) * 17 + g + v / 2 * 8] =
-						(v < 2 ? L::UNIT : L::UNIT_8) * sum[0][0][v];
+				if (mine && block + r < blocks && 2 * t + v % 2 < rows)
+					sums[((block + r) * places + at + 2 * t + v % 2) * 17 + g + v / 2 * 8] =
+						(v < 2 ? L::UNIT : L::UNIT_8) * sum[r][0][v];
 		for (tile += L::W; tile >= w.tiles && w.tiles; tile -= w.tiles)
-			block++;
+			block += L::RB;
 	}
 	ptx_barrier_some(BAR_ALL, 32 * L::W); /* every place's rows are here */
 	for (int o = threadIdx.x; o < blocks * a.tokens * 16; o += 32 * L::W) {
-		int row = o % 16, block = o / 16 % blocks, token = o / 16 / blocks;
+		direct_place y = place_of(a, w, o);
 		float all = 0.0f;
 
 		for (int k = 0; k < a.top_k; k++) {
-			int at = s->position[token * a.top_k + k];
+			int at = s->position[y.token * a.top_k + k];
 
 			if (at >= 0)
-				all = fmaf(s->weights[token * a.top_k + k], sums[(block * places + at) * 17 + row], all);
+				all = fmaf(s->weights[y.token * a.top_k + k], sums[(y.block * places + at) * 17 + y.row], all);
 		}
-		store_y(a, (size_t)token * a.hidden + (w.down_lo + block) * 16 + row, all);
+		store_y(a, y.at, o < 32 * L::W ? before : load_y(a, y.at), all);
 	}
 }
 
@@ -532,11 +652,12 @@ __device__ __forceinline__ void sum_places(const kk_moe_args &a, int threads)
 		}
 #pragma unroll
 		for (int i = 0; i < 8; i++)
-			store_y(a, (size_t)token * a.hidden + column + i, all[i]);
+			add_y(a, (size_t)token * a.hidden + column + i, all[i]);
 	}
 }
 
-template <typename L>
+/* DIRECT: the decode form. */
+template <typename L, bool DIRECT>
 __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constant__ kk_moe_args a,
                                                                 const __grid_constant__ stream_maps maps)
 {
@@ -544,7 +665,10 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	stream_smem *s = (stream_smem *)smem;
 	float *sums = (float *)(smem + 12 * 1024);
 	char *base = smem + 12 * 1024 + a.sums_bytes;
-	int warp = threadIdx.x / 32, most = min(a.tokens, L::T), round_up;
+	int warp = threadIdx.x / 32, most = min(a.tokens, L::T), round; /* of the launches, or of what all wait for first */
+	bool front = DIRECT && a.gate.logits;
+	float before = 0.0f;
+	front_ahead ahead;
 	stream_work w;
 
 	w.group_shift = a.group == 32 ? 0 : a.group == 64 ? 1 : 2;
@@ -562,26 +686,35 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		s->minus[threadIdx.x] = threadIdx.x % 2 ? MINUS_HIGH : MINUS_LOW;
 	if (threadIdx.x == 0) {
 		prefetch_maps(maps);
+#pragma unroll 1
 		for (int i = 0; i < w.stages; i++) {
 			ptx_mbarrier_init(barrier_of(s->full, i), 1);
 			ptx_mbarrier_init(barrier_of(s->empty, i), L::W);
 		}
+#pragma unroll 1
 		for (int i = 0; i < w.x_stages; i++) {
 			ptx_mbarrier_init(barrier_of(s->x_full, i), 1);
 			ptx_mbarrier_init(barrier_of(s->x_empty, i), L::W);
 		}
+		ptx_mbarrier_init(barrier_of(&s->bias, 0), 1);
 		ptx_mbarrier_init_done();
 	}
-	begin_division<L>(a, w);
+	begin_division<L, DIRECT>(a, w);
 	ptx_release_successor();
+	if (front)
+		begin_front(ahead, s, (front_smem *)sums, a, w);
 	ptx_wait_predecessor();
-	round_up = round_of(a.sync);
-	if (a.inside) {
-		if (a.tokens * a.top_k > WARP_PLACES) {
+	round = round_of(a.sync + (DIRECT ? DIRECT_LAUNCHES : 0));
+	if (DIRECT && warp < L::W)
+		before = load_first(a, w);
+	if (DIRECT || a.inside) {
+		if (front) {
+			run_front(a, s, (front_smem *)sums, most, w.per_most);
+		} else if (a.tokens * a.top_k > WARP_PLACES) {
 			sort_inside(a, s, most);
 		} else {
 			if (warp == 0)
-				sort_by_warp(a, s, most, w.per_most);
+				sort_by_warp(a, s, most, w.per_most, false);
 			__syncthreads(); /* the tiles are known to all; the block's barriers are ready */
 		}
 		w.tiles = s->tiles;
@@ -589,40 +722,46 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		w.tiles = __ldcg(a.total) / L::T;
 		__syncthreads(); /* the block's barriers are ready; the round was read before anybody arrives */
 	}
-	divide<L>(a, w);
+	divide<L, DIRECT>(a, w);
 	if (warp == L::W) {
-		fetch_weights<L>(a, maps, w, s);
+		fetch_weights<L, DIRECT>(a, maps, w, s);
 	} else if (warp == L::W + 1) {
-		fetch_activations<L>(a, w, s, round_up);
+		fetch_activations<L, DIRECT>(a, w, s, round);
 	} else {
 		rings q = {{0, 0, w.stages}, {0, 0, w.x_stages}};
+		if (front)
+			before += multiply_shared(a, w, (front_smem *)sums, ahead, 32 * L::W);
 		lane_parts p = lane_records(threadIdx.x % 32, w.group_shift, ptx_shared_address(s->minus));
 
-		if (threadIdx.x == 0 && !a.direct)
+		if (threadIdx.x == 0 && !DIRECT)
 			s->round_down = round_of(a.sync + SYNC_STRIDE); /* which cannot end without this block */
-		multiply_up<L>(a, w, s, p, warp, sums, q);
-		if (a.direct || !a.ready) {
-			ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's activations are stored */
+		if constexpr (DIRECT) {
+			char *act = direct_acts(a, round, 0);
+
+			clear_acts(a, round);
+			multiply_up<L, true>(a, w, s, p, warp, sums, q, act);
+			if (L::WK == 1)
+				ptx_barrier_some(BAR_ALL, 32 * L::W); /* the stages of x have been read; join waits too */
+			multiply_direct<L>(a, w, s, p, base, sums, q, act, before);
 			if (threadIdx.x == 0)
-				arrive_round(a.sync);
-		}
-		if constexpr (L::T == 8)
-			if (a.direct) {
+				arrive_round(a.sync + DIRECT_LAUNCHES);
+		} else {
+			multiply_up<L, false>(a, w, s, p, warp, sums, q, (char *)a.act);
+			if (!a.ready) {
+				ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's activations are stored */
 				if (threadIdx.x == 0)
-					wait_round(a.sync, round_up);
-				ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
-				multiply_direct<tile<8, 1, 1, L::W, L::RB * L::REC>>(a, w, s, p, base, sums, q);
-				return;
+					arrive_round(a.sync);
 			}
-		multiply_down<L>(a, w, s, p, warp, q);
-		ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's parts are stored */
-		if (threadIdx.x == 0) {
-			arrive_round(a.sync + SYNC_STRIDE);
-			wait_round(a.sync + SYNC_STRIDE, s->round_down);
+			multiply_down<L>(a, w, s, p, warp, q);
+			ptx_barrier_some(BAR_ALL, 32 * L::W); /* this block's parts are stored */
+			if (threadIdx.x == 0) {
+				arrive_round(a.sync + SYNC_STRIDE);
+				wait_round(a.sync + SYNC_STRIDE, s->round_down);
+			}
+			ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
+			clear_ready(a, w.tiles, 32 * L::W);
+			sum_places(a, 32 * L::W);
 		}
-		ptx_barrier_some(BAR_ALL, 32 * L::W); /* every block's are */
-		clear_ready(a, w.tiles, 32 * L::W);
-		sum_places(a, 32 * L::W);
 	}
 }
 
@@ -682,13 +821,13 @@ static cudaError_t launch_stream(const kk_moe_args *a, Kernel kernel, int thread
 	return cudaLaunchKernelEx(&config, kernel, *a, more...);
 }
 
-template <typename L>
+template <typename L, bool DIRECT>
 static cudaError_t launch_tile(const kk_moe_args *a, cudaStream_t stream)
 {
 	stream_maps maps;
 	cudaError_t rc = make_stream_maps<L>(&maps, a);
 
-	return rc != cudaSuccess ? rc : launch_stream<L>(a, moe_stream<L>, L::THREADS, stream, maps);
+	return rc != cudaSuccess ? rc : launch_stream<L>(a, moe_stream<L, DIRECT>, L::THREADS, stream, maps);
 }
 
 cudaError_t moe_stream_large(const kk_moe_args *a, cudaStream_t stream);

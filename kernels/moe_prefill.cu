@@ -544,7 +544,7 @@ __device__ __forceinline__ void store_eight(const kk_moe_args &a, size_t at, flo
 	} else {
 #pragma unroll
 		for (int i = 0; i < 8; i++)
-			store_y(a, at + i, v[i]);
+			add_y(a, at + i, v[i]);
 	}
 }
 

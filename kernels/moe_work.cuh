@@ -17,6 +17,7 @@ enum {
 	MAX_TILE = 64,
 	INSIDE_PLACES = 256,
 	DIRECT_PLACES = 64,
+	DIRECT_VALUES = 16384,     /* of all places' activations, in the decode form */
 	WARP_PLACES = 32,
 	RECORD_COLS = 128,
 	RECORD_CODES = 1024,
@@ -24,11 +25,14 @@ enum {
 	PAD = 16,
 	BAR_SUMS = 1, BAR_ALL = 2, /* numbers of the multiplying warps' barriers */
 	SYNC_STRIDE = 16,          /* words between two counters */
+	DIRECT_LAUNCHES = 3 * SYNC_STRIDE, /* in words of `sync`: counts launches of the decode form */
+	DOWN_AHEAD = 2,            /* stages of the decode form's down projection on their way at a time */
 };
 
 /* Fixed part of shared memory: libcore/device/moe_plan.c allows it 12 kB. */
 struct stream_smem {
 	uint64_t full[MAX_STAGES], empty[MAX_STAGES], x_full[MAX_X_STAGES], x_empty[MAX_X_STAGES];
+	uint64_t bias; /* moe_front.cuh's */
 	int rows[MAX_X_STAGES];                /* places of the tile in this stage */
 	int2 item[MAX_X_STAGES];               /* tile of places, tile of rows */
 	int places[MAX_X_STAGES][MAX_TILE];    /* which */
@@ -104,6 +108,12 @@ struct ring {
 	{
 		if (++at == size)
 			at = 0, parity ^= 1;
+	}
+
+	/* The stage `back` before, up to `size`; a barrier that never was asked for is over. */
+	__device__ ring before(int back) const
+	{
+		return at < back ? ring{at - back + size, parity ^ 1, size} : ring{at - back, parity, size};
 	}
 };
 
@@ -209,20 +219,21 @@ __device__ inline void sort_inside(const kk_moe_args &a, stream_smem *s, int mos
 	__syncthreads(); /* the tiles are known to all */
 }
 
-/* Up to 32 places: one warp sorts them, for a barrier that the caller has. */
-__device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int most, float per_most)
+/* Up to 32 places: one warp sorts them, for a barrier that the caller has. `selected`: s has ids and weights. */
+__device__ inline void sort_by_warp(const kk_moe_args &a, stream_smem *s, int most, float per_most, bool selected)
 {
 	int lane = threadIdx.x % 32, places = a.tokens * a.top_k, e = -1, packed, sum;
 	unsigned same, below = (1u << lane) - 1;
 	int count, before, lead, tile, at, row;
 
 	if (lane < places) {
-		float weight = __ldcg(a.weights + lane);
+		float weight = selected ? s->weights[lane] : __ldcg(a.weights + lane);
 
-		e = __ldcg(a.ids + lane);
+		e = selected ? s->ids[lane] : __ldcg(a.ids + lane);
 		if (e < 0 || e >= a.experts || weight == 0.0f)
 			e = -1;
-		s->weights[lane] = weight;
+		if (!selected)
+			s->weights[lane] = weight;
 	}
 	same = __match_any_sync(0xffffffffu, e);
 	count = __popc(same), before = __popc(same & below), lead = __ffs(same) - 1;
@@ -330,11 +341,11 @@ __device__ __forceinline__ void divide_down(stream_work &w, int block, int up, i
 }
 
 /* What of the division needs no routing, so that it does not wait for it. */
-template <typename L>
+template <typename L, bool DIRECT>
 __device__ __forceinline__ void begin_division(const kk_moe_args &a, stream_work &w)
 {
 	w.per_most = ptx_rcp((float)min(a.tokens, L::T));
-	if (!a.direct)
+	if (!DIRECT)
 		return;
 	w.down_items = a.hidden / 16;
 	w.down_lo = part_of(w.down_items, blockIdx.x);
@@ -345,13 +356,13 @@ __device__ __forceinline__ void begin_division(const kk_moe_args &a, stream_work
 	w.per_odd = ptx_rcp((float)w.down_odd);
 }
 
-template <typename L>
+template <typename L, bool DIRECT>
 __device__ __forceinline__ void divide(const kk_moe_args &a, stream_work &w)
 {
 	int block = blockIdx.x;
 
 	w.up_items = w.tiles * (2 * a.intermediate / L::ROWS);
-	if (a.direct) {
+	if (DIRECT) {
 		divide_direct(w, block);
 		return;
 	}

@@ -7,13 +7,17 @@
 /*
  * Scratch, in this order, each piece at a multiple of 256 bytes (km_moe_scratch_size counts them):
  *
- *   sync, ready   KM_MOE_SYNC_BYTES, zero before the first call: two counters in 256 bytes; then a word for each
- *                 tile of places, unless there are more tiles than words
+ *   sync          KM_MOE_SYNC_BYTES, zero before the first call: counters in 256 bytes; then a word for each tile of
+ *                 places (ready), unless there are more tiles than words; the prefill form's counters; the decode
+ *                 form's activations, twice 32 kB
  *   ids           [tokens, top_k], through the expert map     when there is one
  *   sorted, block_expert, total, counts                       kk_align's, unless the kernel sorts inside
- *   act           [tokens * top_k, intermediate]              both matrices' only meeting point
+ *   act           [tokens * top_k, intermediate]              both matrices' only meeting point, but for the
+ *                                                             decode form's
  *   part          [tokens * top_k, hidden]                    unless the kernel sums on chip
  */
+enum { READY_BYTES = 32 * 1024, DECODE_ACT_AT = 64 * 1024 };
+
 typedef struct scratch {
 	char *next;
 	int32_t *sync, *ready, *ids, *sorted, *block_expert, *total, *counts;
@@ -44,7 +48,7 @@ static scratch lay_out(const km_moe_plan *plan, const km_moe_problem *p, const k
 
 	s.sync = piece(&s, KM_MOE_SYNC_BYTES);
 	/* The decode form neither waits for tiles nor clears their words: it must not count in them. */
-	if (!general && plan->form != KM_MOE_DECODE && most_tiles(plan, p) <= (KM_MOE_SYNC_BYTES / 2 - 256) / 4)
+	if (!general && plan->form != KM_MOE_DECODE && most_tiles(plan, p) <= (READY_BYTES - 256) / 4)
 		s.ready = s.sync + 64;
 	if (b->expert_map)
 		s.ids = piece(&s, places * 4);
@@ -57,7 +61,8 @@ static scratch lay_out(const km_moe_plan *plan, const km_moe_problem *p, const k
 		s.total = piece(&s, 4);
 		s.counts = piece(&s, (size_t)kk_align_scratch_words(p->tokens, p->top_k, p->experts) * 4);
 	}
-	s.act = piece(&s, places * (size_t)p->intermediate * (general ? 4 : 2));
+	s.act = plan->form == KM_MOE_DECODE ? (char *)s.sync + DECODE_ACT_AT
+	                                    : piece(&s, places * (size_t)p->intermediate * (general ? 4 : 2));
 	s.part = s.next;
 	return s;
 }
@@ -93,6 +98,16 @@ static cudaError_t run_general(km_cuda *cuda, const km_moe_plan *plan, const km_
 	return kk_moe_general(&a, cuda->stream);
 }
 
+static void take_front(kk_moe_args *a, const km_moe_front *f)
+{
+	a->gate = (kk_gate_args){ .logits = f->logits, .bias = f->bias, .valid_tokens = f->valid, .ids = f->ids,
+		                  .weights = f->weights, .tokens = a->tokens, .experts = a->experts,
+		                  .top_k = a->top_k, .scale = f->scale, .renormalize = f->renormalize };
+	a->shared_down = f->down;
+	a->shared_gate = f->gate;
+	a->shared_up = f->up;
+}
+
 static cudaError_t run_stream(km_cuda *cuda, const km_moe_plan *plan, const km_moe_problem *p,
                               const km_moe_buffers *b, const scratch *s)
 {
@@ -112,6 +127,8 @@ static cudaError_t run_stream(km_cuda *cuda, const km_moe_plan *plan, const km_m
 		.direct = plan->form == KM_MOE_DECODE, .pdl = plan->pdl,
 	};
 
+	if (b->front)
+		take_front(&a, b->front);
 	if (!plan->align_inside) {
 		kk_align_args align = { .ids = a.ids, .sorted = s->sorted, .block_expert = s->block_expert,
 			                .total = s->total, .scratch = s->counts, .tokens = p->tokens,
@@ -135,6 +152,9 @@ int km_cuda_moe_run(km_cuda *cuda, const km_moe_plan *plan, const km_moe_problem
 		return km_fail(err, KM_EINVAL, "the experts' buffers are not those that were planned for: packed %d, "
 		               "planned %d; expert map %d, planned %d", b->experts.packed, p->packed,
 		               b->expert_map != NULL, p->expert_map);
+	if (b->front && plan->form != KM_MOE_DECODE)
+		return km_fail(err, KM_EINVAL, "the experts as planned (%s) take no gate along",
+		               km_moe_form_name(plan->form));
 	if (b->expert_map)
 		rc = kk_moe_map(b->ids, b->expert_map, p->global_experts, s.ids, p->tokens * p->top_k, plan->pdl,
 		                cuda->stream);

@@ -38,8 +38,22 @@ typedef struct km_moe_weights {
 	int block_rows, block_cols;
 } km_moe_weights;
 
+/* What goes before the experts, as part of their launch, where the plan takes it (km_moe_plan_takes). */
+typedef struct km_moe_front {
+	const float *logits;  /* [tokens, experts], the router's */
+	const float *bias;    /* [experts] */
+	const int32_t *valid; /* one word, rows that count, or NULL */
+	bool renormalize;
+	float scale;          /* multiplies the weights */
+	int32_t *ids;         /* [tokens, top_k], written: the buffers' */
+	float *weights;
+	const void *down;     /* bf16 [hidden, KM_MOE_FRONT_COLS]: y is added its product with silu(gate) * up */
+	const float *gate, *up; /* [tokens, KM_MOE_FRONT_COLS] */
+} km_moe_front;
+
 typedef struct km_moe_buffers {
 	const void *x;             /* bf16 [tokens, hidden], below 2^62 in size: beyond, int4 experts may give infinities */
+	const km_moe_front *front; /* or NULL: ids and weights are there; with it y is f32 and accumulates */
 	const int32_t *ids;        /* [tokens, top_k] */
 	const float *weights;      /* [tokens, top_k] */
 	const int32_t *expert_map; /* [global_experts]: id to place among this device's experts, -1: not here; or NULL */

@@ -24,6 +24,11 @@ enum {
 	DIRECT_PLACES = 64,        /* whose activations and outputs stay on chip in the decode form */
 	DIRECT_VALUES = 16384,
 	INSIDE_PLACES = 256,       /* that each block can sort for itself */
+	FRONT_EXPERTS = 384,
+	FRONT_PLACES = 32,
+	FRONT_TOP_K = 8,
+	FRONT_ROWS = 64,           /* that a block of the grid sums */
+	FRONT_BYTES = 11 * 1024,   /* of shared memory, in the sums' place */
 	PART_F32_TOKENS = 32,      /* above, the traffic of f32 shows, and bf16 costs 0.0007 of error */
 	PREFILL_LEAST = 129,       /* tokens that the warp-group form is offered for */
 	MAX_TOP_K = 32,
@@ -101,14 +106,26 @@ static size_t sums_bytes(const struct shape *s, const km_moe_problem *p, const k
 
 	if (is_prefill(s))
 		return PREFILL_SUMS;
-	return ((split > direct ? split : direct) + 127) / 128 * 128;
+	split = split > direct ? split : direct;
+	if (decode_fits(s, p) && p->tokens <= KM_MOE_FRONT_TOKENS && split < FRONT_BYTES)
+		split = FRONT_BYTES;
+	return (split + 127) / 128 * 128;
+}
+
+bool km_moe_plan_takes(const km_moe_plan *plan, const km_moe_problem *p, const km_moe_before *before)
+{
+	return plan->form == KM_MOE_DECODE && p->tokens <= KM_MOE_FRONT_TOKENS &&
+	       p->tokens * p->top_k <= FRONT_PLACES && p->experts == FRONT_EXPERTS && !p->expert_map &&
+	       p->top_k <= FRONT_TOP_K && before->groups <= 1 && !before->softmax && before->bias &&
+	       before->shared_cols == KM_MOE_FRONT_COLS && before->shared_bf16 &&
+	       p->hidden <= FRONT_ROWS * plan->blocks;
 }
 
 static size_t x_bytes(const struct shape *s, const km_moe_problem *p, int x_stages)
 {
 	size_t ring = x_stage_bytes(s, p) * (size_t)x_stages;
 	size_t places = (size_t)(p->tokens * p->top_k);
-	size_t direct = decode_fits(s, p) ? places * (size_t)(2 * p->intermediate + PAD) : 0;
+	size_t direct = decode_fits(s, p) ? places * (size_t)(2 * p->intermediate + p->intermediate / 8 + PAD) : 0;
 
 	return ring > direct ? ring : direct;
 }

@@ -78,8 +78,24 @@ int km_moe_candidates(const km_moe_problem *problem, const km_moe_device *device
 /* Device memory that calls of up to problem->tokens tokens need besides arguments and results, whatever
  * their plan; the general form, on weights that the streaming kernel takes, has room for
  * KM_MOE_GENERAL_PLACES places, tokens by top_k. Its first KM_MOE_SYNC_BYTES must be zero before the first call, and are nobody else's to write. */
-enum { KM_MOE_SYNC_BYTES = 64 * 1024, KM_MOE_GENERAL_PLACES = 2048 };
+enum { KM_MOE_SYNC_BYTES = 128 * 1024, KM_MOE_GENERAL_PLACES = 2048 };
 size_t km_moe_scratch_size(const km_moe_problem *problem, const km_moe_device *device);
+
+/*
+ * What a layer has before its experts. The decode form's launch can take it along (kernels/moe_front.cuh), which it was
+ * built to do for up to KM_MOE_FRONT_TOKENS tokens of Kimi K2's 384 experts: the gate of its router's logits, and the
+ * shared experts' down projection, of bf16, of KM_MOE_FRONT_COLS columns: one of eight GPUs' part.
+ */
+enum { KM_MOE_FRONT_TOKENS = 4, KM_MOE_FRONT_COLS = 256 };
+
+typedef struct km_moe_before {
+	int groups;       /* of experts, that the gate chooses among; up to 1: none */
+	bool softmax, bias;
+	int shared_cols;  /* of the shared experts' down projection */
+	bool shared_bf16;
+} km_moe_before;
+
+bool km_moe_plan_takes(const km_moe_plan *plan, const km_moe_problem *problem, const km_moe_before *before);
 
 const char *km_moe_form_name(enum km_moe_form form);
 void km_moe_plan_explain(const km_moe_plan *plan, const km_moe_problem *problem,

@@ -316,14 +316,20 @@ static int64_t *counts_of(const km_model *m, const km_gpu_layer *layer)
 	       (layer - m->gpu->weights.layer) * m->config.n_routed_experts;
 }
 
-/* The routed sum, added to the stream. */
-static int routed_experts(const km_model *m, const km_gpu_layer *layer, int tokens, enum km_turn turn,
-                          km_err *err)
+/* The experts' call: their sum, added to the stream. */
+typedef struct experts_call {
+	km_moe_problem problem;
+	km_moe_plan plan;
+	km_moe_buffers buffers;
+} experts_call;
+
+static int plan_experts(experts_call *e, const km_model *m, const km_gpu_layer *layer, int tokens, km_err *err)
 {
 	const km_gpu *g = m->gpu;
 	km_moe_device device = { g->info.capability, g->info.multiprocessors };
-	km_moe_problem problem = km_gpu_moe_problem(&m->config, &layer->experts, tokens, g->pdl);
-	km_moe_buffers buffers = {
+
+	e->problem = km_gpu_moe_problem(&m->config, &layer->experts, tokens, g->pdl);
+	e->buffers = (km_moe_buffers){
 		.x = g->normed,
 		.ids = g->b.expert_ids,
 		.weights = g->b.expert_weights,
@@ -333,15 +339,18 @@ static int routed_experts(const km_model *m, const km_gpu_layer *layer, int toke
 		.accumulate = true,
 		.scratch = g->b.moe_scratch,
 	};
-	km_moe_plan plan;
+	return km_moe_tuning_plan(&e->plan, &g->tuning, &e->problem, &device, NULL, err);
+}
 
-	KM_TRY(OP(g, KM_STEP_ROUTER, route(m, layer, tokens, turn, err)));
-	if (g->b.expert_counts)
-		KM_TRY(km_cuda_ops_count(g->cuda, g->b.expert_ids, tokens, problem.top_k, g->valid,
-		                         counts_of(m, layer), err));
-	KM_TRY(km_moe_tuning_plan(&plan, &g->tuning, &problem, &device, NULL, err));
-	return OP(g, KM_STEP_EXPERTS,
-	          km_cuda_moe_run(g->cuda, &plan, &problem, &buffers, err));
+static int run_experts(const km_model *m, const km_gpu_layer *layer, const experts_call *e, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+
+	KM_TRY(OP(g, KM_STEP_EXPERTS, km_cuda_moe_run(g->cuda, &e->plan, &e->problem, &e->buffers, err)));
+	if (!g->b.expert_counts)
+		return 0;
+	return km_cuda_ops_count(g->cuda, g->b.expert_ids, e->problem.tokens, e->problem.top_k, g->valid,
+	                         counts_of(m, layer), err);
 }
 
 /* ---- blocks ---- */
@@ -455,16 +464,53 @@ static bool gate_goes_beside(const km_model *m, const km_cuda_linear *of, int to
 	       km_cuda_linear_makes_x(of, &g->linear);
 }
 
-/* The shared experts; the turn that the gate then has. */
-static int shared_experts(const km_model *m, const mlp *p, int tokens, enum km_turn *gate, km_err *err)
+/* Whether the experts' launch takes the gate and the shared experts' down along: one launch for three. Timed without
+ * one of them, each is a launch of its own. */
+static bool experts_take(const km_model *m, const km_layer_weights *w, const experts_call *e)
 {
-	km_cuda_linear args = down(m, p, tokens);
+	uint32_t all = UINT32_C(1) << KM_STEP_SHARED_DOWN | UINT32_C(1) << KM_STEP_ROUTER | UINT32_C(1) << KM_STEP_EXPERTS;
+	km_moe_before before = { m->config.n_group, m->config.scoring_softmax, w->router_bias != NULL, w->shared_down.cols,
+		                 w->shared_down.type == KM_W_BF16 };
+
+	return router_joins(m, e->problem.tokens) && !(m->gpu->left_out & all) &&
+	       km_moe_plan_takes(&e->plan, &e->problem, &before);
+}
+
+/* All three in one launch. */
+static int run_experts_with_front(const km_model *m, const km_gpu_layer *layer, experts_call *e, km_err *err)
+{
+	const km_gpu *g = m->gpu;
+	km_router_shape shape = km_gpu_router_shape(&m->config, false, e->problem.tokens);
+	km_moe_front front = { .logits = g->b.router,
+		               .bias = layer->w.router_bias,
+		               .valid = g->valid,
+		               .renormalize = shape.renormalize,
+		               .scale = shape.scale,
+		               .ids = g->b.expert_ids,
+		               .weights = g->b.expert_weights,
+		               .down = layer->w.shared_down.data,
+		               .gate = g->b.gate,
+		               .up = g->b.up };
+
+	e->buffers.front = &front;
+	return run_experts(m, layer, e, err);
+}
+
+/* Shared and routed experts. */
+static int both_experts(const km_model *m, const km_gpu_layer *layer, const mlp *shared, experts_call *e, km_err *err)
+{
+	int tokens = e->problem.tokens;
+	km_cuda_linear args = down(m, shared, tokens);
 	bool beside = gate_goes_beside(m, &args, tokens);
 
+	KM_TRY(gate_and_up(m, shared, tokens, err));
+	if (experts_take(m, &layer->w, e))
+		return run_experts_with_front(m, layer, e, err);
 	args.turn = beside ? KM_TURN_HOLDS : KM_TURN_AFTER;
-	*gate = beside ? KM_TURN_BESIDE : KM_TURN_AFTER;
-	KM_TRY(gate_and_up(m, p, tokens, err));
-	return linear_of_made(m->gpu, p->op + 1, p->op + 2, args, err);
+	KM_TRY(linear_of_made(m->gpu, shared->op + 1, shared->op + 2, args, err));
+	KM_TRY(OP(m->gpu, KM_STEP_ROUTER,
+	          route(m, layer, tokens, beside ? KM_TURN_BESIDE : KM_TURN_AFTER, err)));
+	return run_experts(m, layer, e, err);
 }
 
 static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *err)
@@ -479,15 +525,16 @@ static int feed_forward(km_model *m, int layer, const km_batch *batch, km_err *e
 		       router_joins(m, tokens) ? &w->router : NULL };
 	km_cuda_norm norm = { g->stream, NULL,   w->post_attention_norm,        g->normed, tokens,
 		              hidden,    hidden, (float)m->config.rms_norm_eps };
-	enum km_turn turn = KM_TURN_AFTER;
+	experts_call e;
 
 	if (!km_config_is_moe_layer(&m->config, layer))
 		return dense_mlp(m, &dense, tokens, err);
+	KM_TRY(plan_experts(&e, m, l, tokens, err));
 	if (m->config.n_shared_experts)
-		KM_TRY(shared_experts(m, &shared, tokens, &turn, err));
-	else
-		KM_TRY(OP(g, KM_STEP_POST_NORM, km_cuda_ops_norm(g->cuda, &norm, err)));
-	return routed_experts(m, l, tokens, turn, err);
+		return both_experts(m, l, &shared, &e, err);
+	KM_TRY(OP(g, KM_STEP_POST_NORM, km_cuda_ops_norm(g->cuda, &norm, err)));
+	KM_TRY(OP(g, KM_STEP_ROUTER, route(m, l, tokens, KM_TURN_AFTER, err)));
+	return run_experts(m, l, &e, err);
 }
 
 /* Tokens from the logits, where the batch asks for them. */
