@@ -84,6 +84,38 @@ static void test_forms(void **state)
 	km_buf_release(&out);
 }
 
+/* What the decode form's launch takes along, and each condition by itself. */
+static void test_taken_along(void **state)
+{
+	const km_moe_before k2 = { .groups = 1, .bias = true, .shared_cols = KM_MOE_FRONT_COLS, .shared_bf16 = true };
+	km_moe_before before[] = { k2, k2, k2, k2, k2 };
+	km_moe_problem p = k25(1, 256);
+	km_moe_plan plan;
+
+	(void)state;
+	for (p.tokens = 1; p.tokens <= 9; p.tokens++) {
+		assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+		assert_int_equal(km_moe_plan_takes(&plan, &p, &k2), p.tokens <= KM_MOE_FRONT_TOKENS);
+	}
+	p.tokens = 1;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+	before[0].groups = 8;
+	before[1].softmax = true;
+	before[2].bias = false;
+	before[3].shared_cols = 512;
+	before[4].shared_bf16 = false;
+	for (int i = 0; i < 5; i++)
+		assert_false(km_moe_plan_takes(&plan, &p, &before[i]));
+	plan.form = KM_MOE_GROUPED;
+	assert_false(km_moe_plan_takes(&plan, &p, &k2));
+	plan.form = KM_MOE_DECODE;
+	plan.blocks = 100; /* too few multiprocessors: more rows each than there is room for */
+	assert_false(km_moe_plan_takes(&plan, &p, &k2));
+	p.experts = p.global_experts = 256;
+	assert_int_equal(km_moe_plan_make(&plan, &p, &h100, NULL, &err), 0);
+	assert_false(km_moe_plan_takes(&plan, &p, &k2));
+}
+
 static void test_refusals(void **state)
 {
 	km_moe_problem p = k25(16, 256);
@@ -123,7 +155,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(test_every_candidate_is_taken),
-		cmocka_unit_test(test_forms),
+		cmocka_unit_test(test_forms), cmocka_unit_test(test_taken_along),
 		cmocka_unit_test(test_refusals),
 	};
 

@@ -469,8 +469,7 @@ static bool gate_goes_beside(const km_model *m, const km_cuda_linear *of, int to
 static bool experts_take(const km_model *m, const km_layer_weights *w, const experts_call *e)
 {
 	uint32_t all = UINT32_C(1) << KM_STEP_SHARED_DOWN | UINT32_C(1) << KM_STEP_ROUTER | UINT32_C(1) << KM_STEP_EXPERTS;
-	km_moe_before before = { m->config.n_group, m->config.scoring_softmax, w->router_bias != NULL, w->shared_down.cols,
-		                 w->shared_down.type == KM_W_BF16 };
+	km_moe_before before = km_gpu_moe_before(&m->config, w);
 
 	return router_joins(m, e->problem.tokens) && !(m->gpu->left_out & all) &&
 	       km_moe_plan_takes(&e->plan, &e->problem, &before);

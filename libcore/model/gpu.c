@@ -57,6 +57,15 @@ km_moe_problem km_gpu_moe_problem(const km_config *c, const km_moe_weights *w, i
 		                 .pdl = pdl };
 }
 
+km_moe_before km_gpu_moe_before(const km_config *c, const km_layer_weights *w)
+{
+	return (km_moe_before){ .groups = c->n_group,
+		                .softmax = c->scoring_softmax,
+		                .bias = w->router_bias != NULL,
+		                .shared_cols = w->shared_down.cols,
+		                .shared_bf16 = w->shared_down.type == KM_W_BF16 };
+}
+
 km_router_shape km_gpu_router_shape(const km_config *c, bool weights_f32, int tokens)
 {
 	return (km_router_shape){ .tokens = tokens,
@@ -489,6 +498,25 @@ static void explain_linear(const km_gpu *g, const char *name, const km_weight *w
 	km_buf_puts(out, "\n");
 }
 
+/* Tokens up to which the experts' launch takes along what goes before it. */
+static int taken_along(const km_model *m, const km_gpu_layer *l)
+{
+	const km_gpu *g = m->gpu;
+	km_moe_device device = { g->info.capability, g->info.multiprocessors };
+	km_moe_before before = km_gpu_moe_before(&m->config, &l->w);
+	int most = 0;
+
+	for (int tokens = 1; tokens <= KM_MOE_FRONT_TOKENS && tokens <= g->joined_rows; tokens++) {
+		km_moe_problem problem = km_gpu_moe_problem(&m->config, &l->experts, tokens, g->pdl);
+		km_moe_plan plan;
+
+		if (km_moe_tuning_plan(&plan, &g->tuning, &problem, &device, NULL, NULL) >= 0 &&
+		    km_moe_plan_takes(&plan, &problem, &before))
+			most = tokens;
+	}
+	return most;
+}
+
 static void explain_moe(const km_model *m, const km_gpu_layer *l, km_buf *out)
 {
 	const km_gpu *g = m->gpu;
@@ -496,12 +524,18 @@ static void explain_moe(const km_model *m, const km_gpu_layer *l, km_buf *out)
 		                    g->pdl };
 	km_moe_device moe_device = { g->info.capability, g->info.multiprocessors };
 	static const int tokens[] = { 1, 64, 1024 };
+	int along = taken_along(m, l);
 
 	if (g->joined_rows)
 		km_buf_printf(out,
 		              "GPU router: up to %d rows its product is part of the launch of the shared "
 		              "experts' gate and up; of the router's plan only the gate is launched\n",
 		              g->joined_rows);
+	if (along)
+		km_buf_printf(out,
+		              "GPU experts: up to %d rows their launch takes along the gate and the shared experts' "
+		              "down, which are then no launches of their own\n",
+		              along);
 	for (int i = 0; i < 3; i++) {
 		km_router_shape shape =
 			km_gpu_router_shape(&m->config, l->w.router.type == KM_W_F32, tokens[i]);

@@ -84,6 +84,7 @@ void km_gpu_lay_out(km_gpu_buffers *buffers, const km_config *config, const km_w
 km_mla_shape km_gpu_mla_shape(const km_config *config, const km_model_options *options);
 km_moe_problem km_gpu_moe_problem(const km_config *config, const km_moe_weights *weights,
                                   int tokens, bool pdl);
+km_moe_before km_gpu_moe_before(const km_config *config, const km_layer_weights *weights);
 km_router_shape km_gpu_router_shape(const km_config *config, bool weights_f32, int tokens);
 bool km_gpu_experts_are_packed(const km_config *config, const km_layer_weights *weights);
 km_moe_weights km_gpu_experts_shape(const km_config *config, const km_layer_weights *weights);
