@@ -122,11 +122,6 @@ __device__ __forceinline__ piece<FP8> load_piece(const km_weight &w, int row, in
 	return p;
 }
 
-__device__ __forceinline__ uint32_t word_of(const uint4 &v, int i)
-{
-	return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 /* Columns 2i and 2i + 1 of a piece, as two bf16. */
 template <bool FP8> __device__ __forceinline__ uint32_t pair_of(const piece<FP8> &p, int i)
 {

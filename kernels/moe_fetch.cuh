@@ -24,19 +24,20 @@ __device__ __forceinline__ int cached_expert(const kk_moe_args &a, const stream_
 	return f.expert;
 }
 
-/* One stage: a record a lane, from `from` (NULL: none) to the lane's place. */
-__device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s, weight_fetch &f, const uint8_t *from)
+/* One stage: a copy of `bytes` a lane, from `from` (NULL: none) to its place, `pitch` apart. */
+__device__ __forceinline__ void fetch_stage(const stream_work &w, stream_smem *s, weight_fetch &f, uint32_t pitch,
+                                            uint32_t bytes, const uint8_t *from)
 {
-	int lane = threadIdx.x % 32, records = __popc(__ballot_sync(0xffffffffu, from != NULL));
+	int lane = threadIdx.x % 32, copies = __popc(__ballot_sync(0xffffffffu, from != NULL));
 	uint32_t full = barrier_of(s->full, f.r.at);
 
 	ptx_mbarrier_wait(barrier_of(s->empty, f.r.at), f.r.parity ^ 1);
 	if (lane == 0)
-		ptx_mbarrier_expect(full, records * w.record_bytes);
+		ptx_mbarrier_expect(full, copies * bytes);
 	__syncwarp();
 	if (from)
-		ptx_copy_bulk_policy(w.stage0 + f.r.at * w.stage_bytes + lane * w.record_bytes, from, w.record_bytes,
-		                     full, f.policy);
+		ptx_copy_bulk_policy(w.stage0 + f.r.at * w.stage_bytes + lane * pitch, from, bytes, full,
+		                     f.policy);
 	f.r.next();
 }
 
@@ -55,30 +56,44 @@ __device__ __forceinline__ void fetch_box(const stream_work &w, stream_smem *s, 
 	f.r.next();
 }
 
+/* The stage that is asked for DOWN_AHEAD before the next has arrived. */
+__device__ __forceinline__ void wait_arrival(stream_smem *s, const weight_fetch &f)
+{
+	ring before = f.r.before(DOWN_AHEAD);
+
+	ptx_mbarrier_wait(barrier_of(s->full, before.at), before.parity);
+}
+
 /*
- * The decode form's down projection. A warp's unit is two row blocks of one tile's expert, a stage a record of each.
- * Stages come behind gate-and-up's, which every block waits for: DOWN_AHEAD at most on their way (TRIED 60).
+ * The decode form's down projection. A warp's unit is RB row blocks of one tile's expert; a stage has RB records of one
+ * of them for every warp, and RB stages in turn are all of them. They come behind gate-and-up's, which every block
+ * waits for: a few on their way at a time (TRIED 60).
  */
 template <typename L>
 __device__ __forceinline__ void fetch_direct(const kk_moe_args &a, const stream_work &w, stream_smem *s,
                                              weight_fetch &f)
 {
-	static_assert(L::W * L::RB == 32 && L::REC == 1, "a record a lane");
+	static_assert(L::W <= 32 && L::REC == 1, "a lane a warp; room for RB records");
 	int lane = threadIdx.x % 32, blocks = w.down_hi - w.down_lo, units = (blocks + L::RB - 1) / L::RB * w.tiles;
+	uint32_t rec = w.record_bytes;
 
-	for (int u = lane / L::RB, left = units; left > 0; u += L::W, left -= L::W) {
-		int block = u / max(w.tiles, 1) * L::RB + lane % L::RB;
+	for (int u = lane, left = units; left > 0; u += L::W, left -= L::W) {
+		bool mine = lane < L::W && u < units;
+		int block = mine ? u / w.tiles * L::RB : 0;
 		const uint8_t *from = NULL;
 
-		if (u < units && block < blocks)
+		if (mine)
 			from = a.down + (size_t)expert_of(a, s, u % w.tiles) * a.down_stride +
-			       (size_t)(w.down_lo + block) * w.down_records * w.record_bytes;
-		for (int c = 0; c < w.down_records; c++) {
-			ring before = f.r.before(DOWN_AHEAD);
-
-			ptx_mbarrier_wait(barrier_of(s->full, before.at), before.parity);
-			fetch_stage(w, s, f, from ? from + (size_t)c * w.record_bytes : NULL);
-		}
+			       (size_t)(w.down_lo + block) * w.down_records * rec;
+		for (int c = 0; c < w.down_records; c += L::RB)
+#pragma unroll
+			for (int r = 0; r < L::RB; r++) {
+				wait_arrival(s, f);
+				fetch_stage(w, s, f, L::RB * rec, min(L::RB, w.down_records - c) * rec,
+				            mine && block + r < blocks
+				                    ? from + (size_t)(r * w.down_records + c) * rec
+				                    : NULL);
+			}
 	}
 }
 

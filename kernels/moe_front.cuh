@@ -109,40 +109,37 @@ __device__ __forceinline__ void run_front(const kk_moe_args &a, stream_smem *s, 
 	}
 }
 
-__device__ __forceinline__ uint32_t front_word(const uint4 &v, int i)
-{
-	return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
 /*
- * The shared experts' part of what thread o sums (first_place). The warps that multiply, while the experts' weights
- * are on their way. Order: a quarter of the columns by rising step, quarters as (0 + 1) + (2 + 3).
+ * The shared experts' part of what this thread sums first. The warps that multiply, while the experts' weights are on
+ * their way. Order: a quarter of the columns by rising step, quarters as (0 + 1) + (2 + 3).
  */
 __device__ __forceinline__ float multiply_shared(const kk_moe_args &a, const stream_work &w, front_smem *m,
                                                  const front_ahead &f, int threads)
 {
-	int o = threadIdx.x, warp = o / 32, lane = o % 32, g = lane / 4, t = lane % 4, blocks = w.down_hi - w.down_lo;
+	int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row;
 	const char *from = m->act[min(g, a.tokens - 1)] + (warp % 4 * 64 + t * 16) * 2;
 	uint4 x[2] = {*(const uint4 *)from, *(const uint4 *)(from + 16)};
 	float d[4] = {};
+	direct_place y;
 
 #pragma unroll
 	for (int i = 0; i < 4; i++) {
 		int v = i / 2, word = i % 2 * 2;
 
-		ptx_mma_bf16(d, front_word(f.w[v], word), front_word(f.w[2 + v], word), front_word(f.w[v], word + 1),
-		             front_word(f.w[2 + v], word + 1), front_word(x[v], word), front_word(x[v], word + 1));
+		ptx_mma_bf16(d, word_of(f.w[v], word), word_of(f.w[2 + v], word), word_of(f.w[v], word + 1),
+		             word_of(f.w[2 + v], word + 1), word_of(x[v], word), word_of(x[v], word + 1));
 	}
 #pragma unroll
 	for (int i = 0; i < 4; i++)
 		if (2 * t + i % 2 < a.tokens)
 			m->part[warp % 4][warp / 4 * 16 + g + i / 2 * 8][2 * t + i % 2] = d[i];
 	ptx_barrier_some(BAR_ALL, threads); /* every quarter's are there */
-	if (o >= blocks * a.tokens * 16)
+	if (threadIdx.x >= direct_values(a, w))
 		return 0.0f;
-	int row = o / 16 % blocks * 16 + o % 16, token = o / 16 / blocks;
-
-	return (m->part[0][row][token] + m->part[1][row][token]) + (m->part[2][row][token] + m->part[3][row][token]);
+	y = place_of(a, w, threadIdx.x);
+	row = y.block * 16 + y.row;
+	return (m->part[0][row][y.token] + m->part[1][row][y.token]) +
+	       (m->part[2][row][y.token] + m->part[3][row][y.token]);
 }
 
 #endif

@@ -17,8 +17,10 @@
  *            2,541 (87 / 170 / 328 / 607 / 1,043 / 1,562 / 1,971). H100, before 40 and 41 of TRIED: 147 / 242 / 344 /
  *            437; TP1 159 / 300 / 545 / 992 / 1,670 / 2,478 / 3,128 (floor at 3.1 TB/s 126 to 2,862)
  *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places. H200 at 1 / 2 /
- *            4 / 8: 15.5 / 22.5 / 34.8 / 59.8 (floor 5.5 / 11 / 21 / 41); TP1 58 at 1. H100, before 40 and 41:
- *            19.4 / 27.7 / 44.3 / 79.6; TP1 76.4. TRIED 35, 36.
+ *            4 / 8: 14.3 / 20.8 / 32.7 / 57.4 (floor 5.5 / 11 / 21 / 41; before 60 and 61 of TRIED 15.5 / 22.5 / 34.8 /
+ *            59.8); TP1 58 at 1. H100, before 40 and 41: 19.4 / 27.7 / 44.3 / 79.6; TP1 76.4. TRIED 35, 36, 60, 61.
+ *   front    moe_front.cuh: up to 4 tokens the gate and the shared experts' down are part of the launch, which in a
+ *            layer is two launches less: 1.1 us at one token. TRIED 62.
  *   prefill  moe_prefill.cu: warp-group matrix instructions, from 256 tokens. H200 at 256 / 512 / 1,024 / 2,048 /
  *            4,096: 399 / 409 / 468 / 605 / 904 (floor by bytes 264), TP1 2,474 / 2,819 / 3,212 / 4,116 / 6,320
  *            (2,114). H100, before 43 of TRIED: 510 / 520 / 587 / 730 / 1,063; TP1 3,552 / 3,624 / 4,018 / 4,598 /
@@ -35,6 +37,10 @@
  *   code becomes bf16 exactly, by a mask and a multiply-add, or at eight tokens by a mask alone: a subnormal
  *   number, its bias taken away by a matrix product that the rows share, the activations times 2^64. The
  *   scales multiply f32 sums of 32 columns, so no weight is ever rounded.
+ *   In the decode form what all wait for is the last block's gate-and-up. So the down projection's weights come behind
+ *   it, and an activation says of itself that it is there (direct_acts): a block waits once, for what it needs, instead
+ *   of for a counter and then for what was counted. A warp has two row blocks of an expert at a time, whose activations
+ *   it reads once, with the sums that take the bias away.
  *
  * RULES
  *   Activations up to 2^62 in size: beyond, 2^64 times them is no longer a bf16, and the results are infinite.
@@ -42,7 +48,7 @@
  *   in order; then the warps that share the rows, in order; then a token's places, in the order of k.
  *   It depends on the tile, never on who runs when: which block has which item is arithmetic.
  *   All blocks run at once, because they wait for each other; the counters they wait by go round and need no
- *   clearing. A launch by itself is cooperative. One that overlaps (pdl) is one of a stream's: what went before
+ *   clearing, and of the decode form's two sets of activations a launch uses one and clears the other. A launch by itself is cooperative. One that overlaps (pdl) is one of a stream's: what went before
  *   does not wait for it and ends, what comes after begins when all its blocks have begun, and no block is more
  *   than a multiprocessor holds. So on a device only one stream may have launches with pdl under way.
  */

@@ -463,27 +463,10 @@ __device__ __forceinline__ void add_y(const kk_moe_args &a, size_t at, float sum
 	store_y(a, at, load_y(a, at), sum);
 }
 
-/* Number o of the elements that the decode form sums in this block. */
-struct direct_place {
-	int row, block, token;
-	size_t at; /* of y */
-};
-
-__device__ __forceinline__ direct_place place_of(const kk_moe_args &a, const stream_work &w, int o)
-{
-	int blocks = w.down_hi - w.down_lo;
-	direct_place p = {o % 16, o / 16 % blocks, o / 16 / blocks, 0};
-
-	p.at = (size_t)p.token * a.hidden + (w.down_lo + p.block) * 16 + p.row;
-	return p;
-}
-
 /* What this thread's first element is added to, on its way while the experts work. */
 __device__ __forceinline__ float load_first(const kk_moe_args &a, const stream_work &w)
 {
-	int o = threadIdx.x;
-
-	return o < (w.down_hi - w.down_lo) * a.tokens * 16 ? load_y(a, place_of(a, w, o).at) : 0.0f;
+	return threadIdx.x < direct_values(a, w) ? load_y(a, place_of(a, w, threadIdx.x).at) : 0.0f;
 }
 
 /* Of a place's row of activations in shared memory: -8 times the sums of each 32, in row g's unit, behind them. */
@@ -516,7 +499,7 @@ __device__ __forceinline__ void load_act(const kk_moe_args &a, const stream_smem
 	int row_pieces = a.intermediate / 8, all = s->places_here * row_pieces;
 
 	for (int first = threadIdx.x; first - (int)threadIdx.x % 32 < all; first += AHEAD * HOP) {
-		uint4 v[AHEAD];
+		uint4 v[AHEAD] = {};
 
 #pragma unroll
 		for (int k = 0; k < AHEAD; k++) {
@@ -560,6 +543,7 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 	int tile = w.tiles ? warp % w.tiles : 0, block = w.tiles ? warp / w.tiles * L::RB : 0;
 	uint32_t rec = w.record_bytes, pitch = act_pitch(a), first = w.stage0 + warp * L::RB * rec;
 
+	static_assert(L::RB == 2, "two row blocks, a stage each");
 	load_act<L>(a, s, act, base + w.stages * w.stage_bytes);
 	for (int u = 0; u < units; u += L::W) {
 		bool mine = u + warp < units;
@@ -571,12 +555,20 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 		tile_sums<L> sum;
 
 		clear<L>(sum);
-		for (int c = 0; c < w.down_records; c++) {
+		for (int c = 0; c < w.down_records; c += L::RB) {
+			int n = mine ? min(L::RB, w.down_records - c) : 0, one = q.w.at;
+			uint32_t stage = first + one * w.stage_bytes, second;
+
+			ptx_mbarrier_wait(barrier_of(s->full, one), q.w.parity);
+			q.w.next();
+			second = first + q.w.at * w.stage_bytes;
 			ptx_mbarrier_wait(barrier_of(s->full, q.w.at), q.w.parity);
-			if (mine)
-				multiply_record<L, true>(sum, p, first + q.w.at * w.stage_bytes, rec, x, own, rows, bias);
-			x += RECORD_COLS * 2;
-			bias.x += RECORD_COLS / 8, bias.y += RECORD_COLS / 8;
+			for (int k = 0; k < n; k++) {
+				multiply_record<L, true>(sum, p, stage + k * rec, second - stage, x, own, rows, bias);
+				x += RECORD_COLS * 2;
+				bias.x += RECORD_COLS / 8, bias.y += RECORD_COLS / 8;
+			}
+			give_stage(s->empty, one);
 			give_stage(s->empty, q.w.at);
 			q.w.next();
 		}
@@ -591,7 +583,7 @@ __device__ __forceinline__ void multiply_direct(const kk_moe_args &a, const stre
 			block += L::RB;
 	}
 	ptx_barrier_some(BAR_ALL, 32 * L::W); /* every place's rows are here */
-	for (int o = threadIdx.x; o < blocks * a.tokens * 16; o += 32 * L::W) {
+	for (int o = threadIdx.x; o < direct_values(a, w); o += 32 * L::W) {
 		direct_place y = place_of(a, w, o);
 		float all = 0.0f;
 

@@ -26,7 +26,7 @@ enum {
 	BAR_SUMS = 1, BAR_ALL = 2, /* numbers of the multiplying warps' barriers */
 	SYNC_STRIDE = 16,          /* words between two counters */
 	DIRECT_LAUNCHES = 3 * SYNC_STRIDE, /* in words of `sync`: counts launches of the decode form */
-	DOWN_AHEAD = 2,            /* stages of the decode form's down projection on their way at a time */
+	DOWN_AHEAD = 2,            /* stages on their way, from the decode form's down projection on */
 };
 
 /* Fixed part of shared memory: libcore/device/moe_plan.c allows it 12 kB. */
@@ -354,6 +354,26 @@ __device__ __forceinline__ void begin_division(const kk_moe_args &a, stream_work
 	w.down_odd = w.down_items - w.down_few * gridDim.x;
 	w.per_block = ptx_rcp((float)gridDim.x);
 	w.per_odd = ptx_rcp((float)w.down_odd);
+}
+
+/* How many elements of y the decode form sums in this block, and number o of them. */
+__device__ __forceinline__ int direct_values(const kk_moe_args &a, const stream_work &w)
+{
+	return (w.down_hi - w.down_lo) * a.tokens * 16;
+}
+
+struct direct_place {
+	int row, block, token;
+	size_t at; /* of y */
+};
+
+__device__ __forceinline__ direct_place place_of(const kk_moe_args &a, const stream_work &w, int o)
+{
+	int blocks = w.down_hi - w.down_lo;
+	direct_place p = {o % 16, o / 16 % blocks, o / 16 / blocks, 0};
+
+	p.at = (size_t)p.token * a.hidden + (w.down_lo + p.block) * 16 + p.row;
+	return p;
 }
 
 template <typename L, bool DIRECT>

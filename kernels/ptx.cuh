@@ -546,6 +546,12 @@ __device__ __forceinline__ uint32_t ptx_load_shared_word(uint32_t address)
 	return v;
 }
 
+/* One of a vector's words; i is known when compiling. */
+__device__ __forceinline__ uint32_t word_of(const uint4 &v, int i)
+{
+	return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
 /* (a & mask) | bits */
 __device__ __forceinline__ uint32_t ptx_and_or(uint32_t a, uint32_t mask, uint32_t bits)
 {
