@@ -394,4 +394,30 @@ __device__ __forceinline__ void divide(const kk_moe_args &a, stream_work &w)
 	divide_down(w, block, L::ROWS / 16 * w.up_records, L::DOWN_ROWS / 16 * w.down_records);
 }
 
+/* ---- y. ---- */
+
+/* What a sum is added to. */
+__device__ __forceinline__ float load_y(const kk_moe_args &a, size_t at)
+{
+	if (!a.accumulate)
+		return 0.0f;
+	return a.y_bf16 ? __bfloat162float(((const __nv_bfloat16 *)a.y)[at]) : ((const float *)a.y)[at];
+}
+
+__device__ __forceinline__ void store_y(const kk_moe_args &a, size_t at, float before, float sum)
+{
+	float v = a.scale * sum;
+
+	v = a.accumulate ? before + v : v;
+	if (a.y_bf16)
+		((__nv_bfloat16 *)a.y)[at] = __float2bfloat16(v);
+	else
+		((float *)a.y)[at] = v;
+}
+
+__device__ __forceinline__ void add_y(const kk_moe_args &a, size_t at, float sum)
+{
+	store_y(a, at, load_y(a, at), sum);
+}
+
 #endif
