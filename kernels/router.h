@@ -97,8 +97,7 @@ cudaError_t kk_gate_align(const kk_gate_args *gate, const kk_align_args *align, 
  * multiple of 16 up to 512 (compute capability 9.0 and later). */
 cudaError_t kk_router_resident(const kk_router_args *args, cudaStream_t stream);
 /* Router GEMM with the columns split over clusters: bf16, hidden 7168, an even number of experts from 8
- * on (compute capability 9.0 alone). Tiles of tokens x experts: 64 x 32, 64 x 48, 128 x 48, 128 x 64,
- * 128 x 96. */
+ * on (compute capability 9.0 alone). Tiles of tokens x experts: 64 x 32, 64 x 48, 64 x 64, 128 x 64. */
 cudaError_t kk_router_split(const kk_router_args *args, int split, int tokens_tile, int experts_tile,
                             cudaStream_t stream);
 /* The same conditions, up to KK_PARTS_TOKENS and KK_PARTS_EXPERTS, in two launches: parts of sums, then

@@ -44,15 +44,13 @@ struct split_form {
 		X_PANEL = TOKENS * 128,
 		OPERANDS = PANELS * (W_PANEL + X_PANEL),
 		SUMS = SPLIT * OWN * BE * 4, /* received: [from][own token][expert] */
-		/* Where there is no room for both, the sums take the operands' place, for one more barrier. */
-		SHARED = OPERANDS + SUMS > 227 * 1024,
-		INBOX = SHARED ? (int)OPERANDS : OPERANDS + SUMS,
+		INBOX = OPERANDS + SUMS,
 		SMEM = INBOX + 16,
 		TILE = TOKENS * (BE + 8) * 4, /* this block's sums, in the operands' place */
 		BLOCKS = SMEM <= 113 * 1024 ? 2 : 1, /* on a multiprocessor */
 	};
 	static_assert(PANELS * PANEL * SPLIT == KK_ROUTER_HIDDEN, "the columns, exactly");
-	static_assert((SHARED ? (int)SUMS : 0) + TILE <= OPERANDS, "room for the tile");
+	static_assert((int)TILE <= (int)OPERANDS && SMEM <= 227 * 1024, "room for the tile, and for all");
 };
 
 /* This block's columns of ROWS rows, panel after panel, each a group of copies; rows at or beyond `last`
@@ -138,8 +136,7 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 	int rank = (int)ptx_cluster_rank(), e0 = blockIdx.x / SPLIT * BE, first = blockIdx.y * form::TOKENS;
 	int tokens = min(r.tokens - first, (int)form::TOKENS), own = (tokens + SPLIT - 1) / SPLIT;
 	uint32_t w = (uint32_t)__cvta_generic_to_shared(split_smem), x = w + form::PANELS * form::W_PANEL;
-	float *sums = (float *)(split_smem + (form::SHARED ? 0 : (int)form::OPERANDS));
-	float *tile = (float *)(split_smem + (form::SHARED ? (int)form::SUMS : 0));
+	float *sums = (float *)(split_smem + (int)form::OPERANDS), *tile = (float *)split_smem;
 	uint64_t *inbox = (uint64_t *)(split_smem + form::INBOX);
 	int mine = min(max(tokens - rank * own, 0), own); /* tokens that this block finishes */
 	float d[BE / 2] = {};
@@ -155,12 +152,7 @@ __global__ void __launch_bounds__(128 * WGS, split_form<SPLIT, WGS, BE>::BLOCKS)
 	multiply_panels<form::PANELS, WGS, BE, 0>(d, x + threadIdx.x / 128 * 8192, w);
 	ptx_wgmma_wait<0>();
 	ptx_cluster_wait(); /* every block of the cluster runs: its memory may be written */
-	if (form::SHARED) {
-		ptx_cluster_arrive();
-		ptx_cluster_wait(); /* every block of the cluster has used its operands */
-	} else {
-		__syncthreads(); /* this block has used its operands */
-	}
+	__syncthreads(); /* this block has used its operands */
 	keep_sums<BE>(d, tile);
 	__syncthreads(); /* the tile is written */
 	if (threadIdx.x == 0)
@@ -232,8 +224,6 @@ cudaError_t kk_router_split(const kk_router_args *r, int split, int tokens_tile,
 		return launch_split<16, 1, 64>(r, stream);
 	case 16128064:
 		return launch_split<16, 2, 64>(r, stream);
-	case 16128096:
-		return launch_split<16, 2, 96>(r, stream);
 	}
 	return cudaErrorInvalidValue;
 }

@@ -470,7 +470,6 @@ static void test_gemm_split(void **state)
 		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 64, .split_experts = 48 },
 		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 64, .split_experts = 64 },
 		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 128, .split_experts = 64 },
-		{ .gemm = KM_GEMM_SPLIT, .split = 16, .split_tokens = 128, .split_experts = 96 },
 	};
 	km_router_check check = { 0 };
 
@@ -670,7 +669,6 @@ static const replay_case replay_cases[] = {
 	{ "replays of split, 64 x 48", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 48, false, false, 0 },
 	{ "replays of split, 64 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 64, false, false, 0 },
 	{ "replays of split, 128 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 64, false, false, 0 },
-	{ "replays of split, 128 x 96", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 96, false, false, 0 },
 	{ "replays of parts, 64", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 8, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
 	{ "replays of parts, 96", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 264, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
 	{ "replays of general", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, false, 0 },
