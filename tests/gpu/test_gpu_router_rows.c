@@ -126,7 +126,6 @@ static const form forms[] = {
 	{ "split, 64 x 48", KM_PART_GEMM, KM_GEMM_SPLIT, 60, 64, 48 },
 	{ "split, 64 x 64", KM_PART_GEMM, KM_GEMM_SPLIT, 64, 64, 64 },
 	{ "split, 128 x 64", KM_PART_GEMM, KM_GEMM_SPLIT, 128, 128, 64 },
-	{ "split, 128 x 96", KM_PART_GEMM, KM_GEMM_SPLIT, 120, 128, 96 },
 	{ "parts", KM_PART_GEMM, KM_GEMM_PARTS, 256, 0, 0 },
 	{ "general", KM_PART_GEMM, KM_GEMM_GENERAL, 16, 0, 0 },
 	{ "cuBLASLt", KM_PART_GEMM, KM_GEMM_BLAS, 1024, 0, 0 },
