@@ -33,7 +33,7 @@ typedef struct kk_moe_args {
 	void *act;                 /* bf16 [tokens * top_k, intermediate]; `direct`: 64 kB, zero before the first call */
 	void *part;                /* f32 or bf16 [tokens * top_k, hidden], when not `direct` */
 	void *y;                   /* f32 or bf16 [tokens, hidden] */
-	int32_t *sync;             /* 64 words, zero before the first call; calls that may run at once: one each */
+	int32_t *sync;             /* 16,384 words, zero before the first call; calls that may run at once: one each */
 	int32_t *ready;            /* a word for each tile of places, likewise; NULL: all wait for all */
 	/* What goes before, in the same launch (moe_front.cuh). Without gate.logits ids and weights are there. */
 	kk_gate_args gate;         /* its ids and weights are those above, and are written */

@@ -146,7 +146,7 @@ static void what_experts_take_along_is_the_cpus(void **state)
 {
 	char path[] = "/tmp/k2-router-XXXXXX";
 	km_model *cpu, *gpu;
-	km_buf words;
+	km_buf words = KM_BUF_INIT;
 	float *a, *b;
 	size_t count;
 
@@ -155,7 +155,6 @@ static void what_experts_take_along_is_the_cpus(void **state)
 	cpu = open_random(path, KM_BACKEND_CPU, 1, 5);
 	gpu = open_random(path, KM_BACKEND_CUDA, 1, 5);
 	unlink(path);
-	km_buf_init(&words, 0);
 	km_model_explain(gpu, &words);
 	assert_non_null(strstr(words.data, "up to 4 rows their launch takes along the gate"));
 	km_buf_release(&words);
