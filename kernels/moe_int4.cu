@@ -48,9 +48,10 @@
  *   in order; then the warps that share the rows, in order; then a token's places, in the order of k.
  *   It depends on the tile, never on who runs when: which block has which item is arithmetic.
  *   All blocks run at once, because they wait for each other; the counters they wait by go round and need no
- *   clearing, and of the decode form's two sets of activations a launch uses one and clears the other. A launch by itself is cooperative. One that overlaps (pdl) is one of a stream's: what went before
- *   does not wait for it and ends, what comes after begins when all its blocks have begun, and no block is more
- *   than a multiprocessor holds. So on a device only one stream may have launches with pdl under way.
+ *   clearing, and of the decode form's two sets of activations a launch uses one and clears the other.
+ *   A launch by itself is cooperative. One that overlaps (pdl) is one of a stream's: what went before does not wait
+ *   for it and ends, what comes after begins when all its blocks have begun, and no block is more than a
+ *   multiprocessor holds. So on a device only one stream may have launches with pdl under way.
  */
 #include "moe_int4.cuh"
 
@@ -66,8 +67,8 @@ static cudaError_t launch_eight(const kk_moe_args *a, cudaStream_t stream)
 /* What moe_front.cuh was built for. */
 static bool front_fits(const kk_moe_args *a)
 {
-	return a->direct && a->gate.bias && a->tokens <= FRONT_TOKENS && a->tokens * a->top_k <= WARP_PLACES && a->experts == FRONT_EXPERTS &&
-	       a->top_k <= KK_FAST_TOP_K && a->gate.groups <= 1 && !a->gate.softmax && !a->gate.expert_map &&
+	return a->direct && a->gate.bias && a->tokens <= FRONT_TOKENS && a->tokens * a->top_k <= WARP_PLACES &&
+	       a->experts == FRONT_EXPERTS && a->top_k <= KK_FAST_TOP_K && a->gate.groups <= 1 && !a->gate.softmax && !a->gate.expert_map &&
 	       a->gate.tokens == a->tokens && a->gate.experts == a->experts && a->gate.top_k == a->top_k &&
 	       a->accumulate && !a->y_bf16 && a->sums_bytes >= sizeof(front_smem) &&
 	       (a->hidden / 16 + a->blocks - 1) / a->blocks <= FRONT_BLOCKS;
@@ -79,7 +80,8 @@ cudaError_t kk_moe_stream(const kk_moe_args *a, cudaStream_t stream)
 	    a->blocks < 1 || a->blocks > MAX_BLOCKS || a->hidden % RECORD_COLS ||
 	    a->intermediate % RECORD_COLS || (a->direct && !a->inside) ||
 	    (a->inside && a->tokens * a->top_k > INSIDE_PLACES) ||
-	    (a->direct && (a->block_m != 8 || a->tokens * a->top_k > DIRECT_PLACES)) ||
+	    (a->direct && (a->block_m != 8 || a->tokens * a->top_k > DIRECT_PLACES ||
+	                   a->tokens * a->top_k * a->intermediate > DIRECT_VALUES)) ||
 	    (a->gate.logits && !front_fits(a)))
 		return cudaErrorInvalidValue;
 	switch (a->block_m << 16 | a->block_n) {

@@ -77,7 +77,8 @@ int km_moe_candidates(const km_moe_problem *problem, const km_moe_device *device
 
 /* Device memory that calls of up to problem->tokens tokens need besides arguments and results, whatever
  * their plan; the general form, on weights that the streaming kernel takes, has room for
- * KM_MOE_GENERAL_PLACES places, tokens by top_k. Its first KM_MOE_SYNC_BYTES must be zero before the first call, and are nobody else's to write. */
+ * KM_MOE_GENERAL_PLACES places, tokens by top_k. Its first KM_MOE_SYNC_BYTES must be zero before the first
+ * call, and are nobody else's to write. */
 enum { KM_MOE_SYNC_BYTES = 128 * 1024, KM_MOE_GENERAL_PLACES = 2048 };
 size_t km_moe_scratch_size(const km_moe_problem *problem, const km_moe_device *device);
 
