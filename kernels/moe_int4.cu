@@ -68,8 +68,8 @@ static cudaError_t launch_eight(const kk_moe_args *a, cudaStream_t stream)
 static bool front_fits(const kk_moe_args *a)
 {
 	return a->direct && a->gate.bias && a->tokens <= FRONT_TOKENS && a->tokens * a->top_k <= WARP_PLACES &&
-	       a->experts == FRONT_EXPERTS && a->top_k <= KK_FAST_TOP_K && a->gate.groups <= 1 && !a->gate.softmax && !a->gate.expert_map &&
-	       a->gate.tokens == a->tokens && a->gate.experts == a->experts && a->gate.top_k == a->top_k &&
+	       a->experts == FRONT_EXPERTS && a->top_k <= KK_FAST_TOP_K && a->gate.groups <= 1 &&
+	       !a->gate.softmax && !a->gate.expert_map && a->gate.tokens == a->tokens && a->gate.experts == a->experts && a->gate.top_k == a->top_k &&
 	       a->accumulate && !a->y_bf16 && a->sums_bytes >= sizeof(front_smem) &&
 	       (a->hidden / 16 + a->blocks - 1) / a->blocks <= FRONT_BLOCKS;
 }
