@@ -189,9 +189,9 @@ __device__ __forceinline__ void fetch_rows(const kk_moe_args &a, const stream_wo
 
 /*
  * A counter of arrivals: every launch adds 256, one for each block but the first, which adds the rest;
- * the round a block is in is what it read before it arrived, but for the last eight bits.
+ * the round a block is in is what it read (read_round) before it arrived, but for the last eight bits.
  */
-__device__ __forceinline__ int round_of(const int32_t *counter)
+__device__ __forceinline__ int read_round(const int32_t *counter)
 {
 	return __ldcg(counter);
 }

@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 	if (front)
 		begin_front(ahead, s, (front_smem *)sums, a, w);
 	ptx_wait_predecessor();
-	round = round_of(a.sync + (DIRECT ? DIRECT_LAUNCHES : 0));
+	round = read_round(a.sync + (DIRECT ? DIRECT_LAUNCHES : 0));
 	if (DIRECT && warp < L::W)
 		before = load_first(a, w);
 	if (DIRECT || a.inside) {
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(L::THREADS, 1) moe_stream(const __grid_constan
 		lane_parts p = lane_records(threadIdx.x % 32, w.group_shift, ptx_shared_address(s->minus));
 
 		if (threadIdx.x == 0 && !DIRECT)
-			s->round_down = round_of(a.sync + SYNC_STRIDE); /* which cannot end without this block */
+			s->round_down = read_round(a.sync + SYNC_STRIDE); /* which cannot end without this block */
 		if constexpr (DIRECT) {
 			char *act = direct_acts(a, round, 0);
 

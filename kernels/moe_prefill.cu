@@ -677,7 +677,7 @@ __device__ __forceinline__ prefill_work divide_work(const kk_moe_args &a, char *
 /* What the launch before has counted with, and what this one will. */
 __device__ __forceinline__ void take_counters(const kk_moe_args &a, prefill_work &w)
 {
-	int odd = round_of(a.sync + LAUNCHES) >> 8 & 1;
+	int odd = read_round(a.sync + LAUNCHES) >> 8 & 1;
 	int32_t *mine = a.sync + COUNTERS + odd * COUNTER_SET, *other = a.sync + COUNTERS + (odd ^ 1) * COUNTER_SET;
 
 	for (int i = blockIdx.x * THREADS + threadIdx.x; i < COUNTER_SET; i += gridDim.x * THREADS)

@@ -98,10 +98,12 @@ static cudaError_t run_general(km_cuda *cuda, const km_moe_plan *plan, const km_
 	return kk_moe_general(&a, cuda->stream);
 }
 
-static void take_front(kk_moe_args *a, const km_moe_front *f)
+static void take_front(kk_moe_args *a, const km_moe_buffers *b)
 {
-	a->gate = (kk_gate_args){ .logits = f->logits, .bias = f->bias, .valid_tokens = f->valid, .ids = f->ids,
-		                  .weights = f->weights, .tokens = a->tokens, .experts = a->experts,
+	const km_moe_front *f = b->front;
+
+	a->gate = (kk_gate_args){ .logits = f->logits, .bias = f->bias, .valid_tokens = f->valid, .ids = b->ids,
+		                  .weights = b->weights, .tokens = a->tokens, .experts = a->experts,
 		                  .top_k = a->top_k, .scale = f->scale, .renormalize = f->renormalize };
 	a->shared_down = f->down;
 	a->shared_gate = f->gate;
@@ -128,7 +130,7 @@ static cudaError_t run_stream(km_cuda *cuda, const km_moe_plan *plan, const km_m
 	};
 
 	if (b->front)
-		take_front(&a, b->front);
+		take_front(&a, b);
 	if (!plan->align_inside) {
 		kk_align_args align = { .ids = a.ids, .sorted = s->sorted, .block_expert = s->block_expert,
 			                .total = s->total, .scratch = s->counts, .tokens = p->tokens,

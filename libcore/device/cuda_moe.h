@@ -45,17 +45,15 @@ typedef struct km_moe_front {
 	const int32_t *valid; /* one word, rows that count, or NULL */
 	bool renormalize;
 	float scale;          /* multiplies the weights */
-	int32_t *ids;         /* [tokens, top_k], written: the buffers' */
-	float *weights;
 	const void *down;     /* bf16 [hidden, KM_MOE_FRONT_COLS]: y is added its product with silu(gate) * up */
 	const float *gate, *up; /* [tokens, KM_MOE_FRONT_COLS] */
 } km_moe_front;
 
 typedef struct km_moe_buffers {
 	const void *x;             /* bf16 [tokens, hidden], below 2^62 in size: beyond, int4 experts may give infinities */
-	const km_moe_front *front; /* or NULL: ids and weights are there; with it y is f32 and accumulates */
-	const int32_t *ids;        /* [tokens, top_k] */
-	const float *weights;      /* [tokens, top_k] */
+	const km_moe_front *front; /* or NULL; with it y is f32 and accumulates */
+	int32_t *ids;              /* [tokens, top_k]; read, or with `front` written */
+	float *weights;            /* [tokens, top_k]; likewise */
 	const int32_t *expert_map; /* [global_experts]: id to place among this device's experts, -1: not here; or NULL */
 	km_moe_weights experts;
 	float routed_scale;

@@ -485,8 +485,6 @@ static int run_experts_with_front(const km_model *m, const km_gpu_layer *layer, 
 		               .valid = g->valid,
 		               .renormalize = shape.renormalize,
 		               .scale = shape.scale,
-		               .ids = g->b.expert_ids,
-		               .weights = g->b.expert_weights,
 		               .down = layer->w.shared_down.data,
 		               .gate = g->b.gate,
 		               .up = g->b.up };
@@ -499,12 +497,14 @@ static int run_experts_with_front(const km_model *m, const km_gpu_layer *layer, 
 static int both_experts(const km_model *m, const km_gpu_layer *layer, const mlp *shared, experts_call *e, km_err *err)
 {
 	int tokens = e->problem.tokens;
-	km_cuda_linear args = down(m, shared, tokens);
-	bool beside = gate_goes_beside(m, &args, tokens);
+	km_cuda_linear args;
+	bool beside;
 
 	KM_TRY(gate_and_up(m, shared, tokens, err));
 	if (experts_take(m, &layer->w, e))
 		return run_experts_with_front(m, layer, e, err);
+	args = down(m, shared, tokens);
+	beside = gate_goes_beside(m, &args, tokens);
 	args.turn = beside ? KM_TURN_HOLDS : KM_TURN_AFTER;
 	KM_TRY(linear_of_made(m->gpu, shared->op + 1, shared->op + 2, args, err));
 	KM_TRY(OP(m->gpu, KM_STEP_ROUTER,

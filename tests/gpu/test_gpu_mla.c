@@ -28,44 +28,18 @@
 #include "format/dtype.h"
 #include "mla.h"
 #include "support/mla_case.h"
+#include "support/on_gpu.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
-
-enum { POISON = 0xff };
 
 static const double ROW_BOUND = 0.02, CASE_BOUND = 0.008;
 
 static bool short_run;
-static km_cuda *gpu;
-static km_err err;
-
-static void must(int rc)
-{
-	if (rc < 0)
-		fail_msg("%s", err.msg);
-}
 
 static void launched(cudaError_t rc)
 {
 	if (rc != cudaSuccess)
 		fail_msg("%s", cudaGetErrorString(rc));
-}
-
-static void *take(size_t bytes)
-{
-	void *p = NULL;
-
-	must(km_cuda_take(gpu, &p, bytes, "test", &err));
-	must(km_cuda_fill(gpu, p, POISON, bytes, &err));
-	return p;
-}
-
-static void *take_copy(const void *from, size_t bytes)
-{
-	void *p = take(bytes);
-
-	must(km_cuda_upload(gpu, p, from, bytes, &err));
-	return p;
 }
 
 static void *fetch(const void *from, size_t bytes)

@@ -29,38 +29,14 @@
 #include "device/op.h"
 #include "format/dtype.h"
 #include "format/moe_layout.h"
+#include "support/on_gpu.h"
 
 #define BOUND 4e-3
 
-enum { MAX_TILES = 128, POISON = 0xff, ROUNDED_STEPS = 8 };
+enum { MAX_TILES = 128, ROUNDED_STEPS = 8 };
 
 static bool short_run, prefill_run;
-static km_cuda *gpu;
 static km_moe_device device;
-static km_err err;
-
-static void must(int rc)
-{
-	if (rc < 0)
-		fail_msg("%s", err.msg);
-}
-
-static void *take(size_t bytes)
-{
-	void *p = NULL;
-
-	must(km_cuda_take(gpu, &p, bytes, "test", &err));
-	must(km_cuda_fill(gpu, p, POISON, bytes, &err));
-	return p;
-}
-
-static void *take_copy(const void *from, size_t bytes)
-{
-	void *p = take(bytes);
-
-	must(km_cuda_upload(gpu, p, from, bytes, &err));
-	return p;
-}
 
 /* Experts in the checkpoint's layout on the CPU, in both layouts on the GPU. */
 typedef struct expert_set {

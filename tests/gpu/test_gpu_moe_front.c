@@ -26,29 +26,13 @@
 #include "format/dtype.h"
 #include "format/moe_layout.h"
 #include "model/router.h"
+#include "support/on_gpu.h"
 
 enum { EXPERTS = 384, TOP_K = 8, GROUP = 32, SHARED = KM_MOE_FRONT_COLS, ROWS = KM_MOE_FRONT_TOKENS,
-       MAX_TILES = 128, POISON = 0xff };
+       MAX_TILES = 128 };
 
 static bool short_run;
-static km_cuda *gpu;
 static km_moe_device device;
-static km_err err;
-
-static void must(int rc)
-{
-	if (rc < 0)
-		fail_msg("%s", err.msg);
-}
-
-static void *take(size_t bytes)
-{
-	void *p = NULL;
-
-	must(km_cuda_take(gpu, &p, bytes, "test", &err));
-	must(km_cuda_fill(gpu, p, POISON, bytes, &err));
-	return p;
-}
 
 static void send(const void *to, const void *from, size_t bytes)
 {
@@ -109,8 +93,8 @@ typedef struct rig {
 	km_moe_front front;
 	km_router_shape shape;
 	km_router_buffers route;
-	int32_t *gate_ids;   /* the gate's own launch's */
-	float *gate_weights;
+	int32_t *gate_ids, *front_ids; /* the gate's own launch's, and what the experts' has selected */
+	float *gate_weights, *front_weights;
 	uint16_t *down;      /* [hidden, SHARED] */
 	float *before, *gate, *up;
 	size_t values;
@@ -124,11 +108,12 @@ static void rig_open(rig *r, int hidden, int intermediate)
 	r->problem = (km_moe_problem){ .tokens = ROWS, .experts = EXPERTS, .global_experts = EXPERTS, .top_k = TOP_K,
 		                       .hidden = hidden, .intermediate = intermediate, .group = GROUP, .packed = true };
 	r->front = (km_moe_front){ .logits = take(ROWS * EXPERTS * 4), .bias = take(EXPERTS * 4), .valid = take(4),
-		                   .renormalize = true, .scale = 1, .ids = take(ROWS * TOP_K * 4),
-		                   .weights = take(ROWS * TOP_K * 4), .down = take((size_t)hidden * SHARED * 2),
+		                   .renormalize = true, .scale = 1, .down = take((size_t)hidden * SHARED * 2),
 		                   .gate = take(ROWS * SHARED * 4), .up = take(ROWS * SHARED * 4) };
 	r->gate_ids = take(ROWS * TOP_K * 4);
 	r->gate_weights = take(ROWS * TOP_K * 4);
+	r->front_ids = take(ROWS * TOP_K * 4);
+	r->front_weights = take(ROWS * TOP_K * 4);
 	r->b = (km_moe_buffers){ .x = take(most * 2), .experts = make_experts(hidden, intermediate), .routed_scale = 2.827f,
 		                 .y = take(most * 4), .accumulate = true,
 		                 .scratch = take(km_moe_scratch_size(&r->problem, &device)) };
@@ -204,10 +189,10 @@ static void run_experts(rig *r, const km_moe_plan *plan, bool front, float *y)
 	size_t places = (size_t)r->tokens * TOP_K * 4;
 
 	r->b.front = front ? &r->front : NULL;
-	r->b.ids = front ? r->front.ids : r->gate_ids;
-	r->b.weights = front ? r->front.weights : r->gate_weights;
-	must(km_cuda_fill(gpu, r->front.ids, POISON, places, &err));
-	must(km_cuda_fill(gpu, r->front.weights, POISON, places, &err));
+	r->b.ids = front ? r->front_ids : r->gate_ids;
+	r->b.weights = front ? r->front_weights : r->gate_weights;
+	must(km_cuda_fill(gpu, r->front_ids, POISON, places, &err));
+	must(km_cuda_fill(gpu, r->front_weights, POISON, places, &err));
 	send(r->b.y, r->before, r->values * 4);
 	must(km_cuda_moe_run(gpu, plan, &r->problem, &r->b, &err));
 	must(km_cuda_download(gpu, y, r->b.y, r->values * 4, &err));
@@ -218,10 +203,10 @@ static void check_selected(const rig *r)
 	size_t bytes = (size_t)r->tokens * TOP_K * 4;
 	uint32_t ours[ROWS * TOP_K], theirs[ROWS * TOP_K];
 
-	must(km_cuda_download(gpu, ours, r->front.ids, bytes, &err));
+	must(km_cuda_download(gpu, ours, r->front_ids, bytes, &err));
 	must(km_cuda_download(gpu, theirs, r->gate_ids, bytes, &err));
 	assert_memory_equal(ours, theirs, bytes);
-	must(km_cuda_download(gpu, ours, r->front.weights, bytes, &err));
+	must(km_cuda_download(gpu, ours, r->front_weights, bytes, &err));
 	must(km_cuda_download(gpu, theirs, r->gate_weights, bytes, &err));
 	assert_memory_equal(ours, theirs, bytes);
 }
@@ -236,9 +221,9 @@ static double shared_error(const rig *r, const float *with, const float *without
 		double act[SHARED];
 
 		for (int i = 0; i < SHARED; i++) {
-			double g = r->gate[t * SHARED + i], v = g / (1 + exp(-g)) * r->up[t * SHARED + i];
+			double g = r->gate[t * SHARED + i];
 
-			act[i] = v;
+			act[i] = g / (1 + exp(-g)) * r->up[t * SHARED + i];
 		}
 		for (int row = 0; row < r->hidden; row++) {
 			size_t at = (size_t)t * (size_t)r->hidden + (size_t)row;

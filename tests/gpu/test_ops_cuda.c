@@ -27,6 +27,7 @@
 #include "device/cuda_ops.h"
 #include "device/cuda_state.h"
 #include "model/router.h"
+#include "support/on_gpu.h"
 #include "support/op_case.h"
 
 #define COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
@@ -34,32 +35,7 @@
 #define BF16_BOUND 0x1p-8
 
 static bool short_run;
-static km_cuda *gpu;
 static km_linear_device with_blas, without_blas, with_slab;
-static km_err err;
-
-static void must(int rc)
-{
-	if (rc < 0)
-		fail_msg("%s", err.msg);
-}
-
-static void *take(size_t bytes)
-{
-	void *p = NULL;
-
-	must(km_cuda_take(gpu, &p, bytes, "test", &err));
-	must(km_cuda_fill(gpu, p, 0xff, bytes, &err));
-	return p;
-}
-
-static void *take_copy(const void *from, size_t bytes)
-{
-	void *p = take(bytes);
-
-	must(km_cuda_upload(gpu, p, from, bytes, &err));
-	return p;
-}
 
 static void *fetch(const void *from, size_t bytes)
 {
