@@ -7,8 +7,10 @@
  * `test_gpu_router short` is for runs under a sanitizer: every kernel over few rows, then 1,000 replays
  * of each form's graphs, and no cuBLASLt. There each buffer is an allocation of its own, not a piece of
  * the arena, so that memcheck sees its ends, and is not poisoned, so that initcheck sees what a kernel
- * reads before anything wrote it. `test_gpu_router few` is short with a hundredth of the
- * replays, for racecheck, which takes 7 to 250 ms a launch. A second argument is a pattern of tests' names.
+ * reads before anything wrote it. There too, several replays are in flight at once, each on a stream and
+ * in buffers of its own: racecheck takes 60 to 1,000 ms for a launch, two to three times that for eight.
+ * `test_gpu_router few` is short with a hundredth of the replays. A second argument is a pattern of
+ * tests' names; `test_gpu_router forms` prints the names of those that replay, half of a form's each.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -43,10 +45,13 @@ static void must(int rc)
 		fail_msg("%s", err.msg);
 }
 
-enum { HIDDEN = 7168, MAX_TOKENS = 4096, POISON = 0xff, MAX_PIECES = 64 };
+enum { HIDDEN = 7168, MAX_TOKENS = 4096, POISON = 0xff, FLIGHTS = 8, MAX_PIECES = 16 * (FLIGHTS + 1) };
 
 static void *pieces[MAX_PIECES]; /* of a short run */
 static size_t piece_count;
+
+static km_cuda *streams[FLIGHTS]; /* of the replays in flight; the first is `gpu` */
+static int flight_count;
 
 static void *take(size_t bytes)
 {
@@ -639,14 +644,14 @@ static void test_one_launch(void **state)
 }
 
 /*
- * Graphs: every form captured once for each of its buckets of tokens, with and without overlap, and
- * replayed with inputs, and numbers of rows that count, that change between replays; 1,000 replays in all
- * for each form.
+ * Graphs: every form captured for each of its buckets of tokens, with and without overlap, and replayed
+ * with inputs, and numbers of rows that count, that change between replays: 500 replays of each of the two,
+ * a test each.
  */
 typedef struct replay_case {
 	const char *name;
 	enum km_router_part part;
-	int tokens[4], replays[4]; /* buckets, and how often each is replayed; twice: with overlap and without */
+	int tokens[4], replays[4]; /* buckets, and how often each is replayed */
 	int experts, top_k, hidden;
 	int gemm, gate; /* -1: the plan's */
 	int split_tokens, split_experts;
@@ -654,23 +659,28 @@ typedef struct replay_case {
 	int groups; /* 0: none; else tokens choose from four */
 } replay_case;
 
+/* What takes longest under racecheck first. */
 static const replay_case replay_cases[] = {
+	{ "replays of split, 128 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 64, false, false, 0 },
+	{ "replays of parts, 64", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 8, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
+	{ "replays of parts, 96", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 264, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
+	{ "replays of split, 64 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 64, false, false, 0 },
+	{ "replays of resident, 512 experts", KM_PART_GEMM, { 1 }, { 500 }, 512, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
+	{ "replays of split, 64 x 48", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 48, false, false, 0 },
+	{ "replays of resident, 384 experts", KM_PART_GEMM, { 1 }, { 500 }, 384, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
+	{ "replays of split, 64 x 32", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 32, false, false, 0 },
+	{ "replays of chain", KM_PART_CHAIN, { 1, 8, 16, 64 }, { 230, 230, 32, 8 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of router, gate", KM_PART_ROUTER_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of router, gate, softmax", KM_PART_ROUTER_GATE, { 1, 16 }, { 450, 50 }, 384, 8, 7168, -1, -1, 0, 0, true, false, 0 },
+	{ "replays of one launch", KM_PART_ONE_LAUNCH, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false, 0 },
+	{ "replays of one launch, 384 experts", KM_PART_ONE_LAUNCH, { 1, 16 }, { 450, 50 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
 	{ "replays of gate", KM_PART_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
 	{ "replays of gate, softmax", KM_PART_GATE, { 1, 40 }, { 450, 50 }, 256, 8, 64, -1, -1, 0, 0, true, false, 0 },
 	{ "replays of gate by rounds", KM_PART_GATE, { 1, 5 }, { 250, 250 }, 60, 6, 64, -1, KM_GATE_ROUNDS, 0, 0, false, false, 0 },
 	{ "replays of alignment", KM_PART_ALIGN, { 1, 8, 64, 400 }, { 220, 220, 50, 10 }, 384, 8, 64, -1, -1, 0, 0, false, false, 0 },
 	{ "replays of large alignment", KM_PART_ALIGN, { 400 }, { 500 }, 16, 8, 64, -1, -1, 0, 0, false, false, 0 },
 	{ "replays of gate, alignment", KM_PART_GATE_ALIGN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
-	{ "replays of router, gate", KM_PART_ROUTER_GATE, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false, 0 },
-	{ "replays of one launch", KM_PART_ONE_LAUNCH, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 256, 8, 7168, -1, -1, 0, 0, false, false, 0 },
-	{ "replays of chain", KM_PART_CHAIN, { 1, 8, 16, 64 }, { 220, 220, 40, 20 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
 	{ "replays of resident", KM_PART_GEMM, { 1, 9, 70 }, { 400, 80, 20 }, 16, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
-	{ "replays of split, 64 x 32", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 32, false, false, 0 },
-	{ "replays of split, 64 x 48", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 48, false, false, 0 },
-	{ "replays of split, 64 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 64, 64, false, false, 0 },
-	{ "replays of split, 128 x 64", KM_PART_GEMM, { 9 }, { 500 }, 8, 8, 7168, KM_GEMM_SPLIT, -1, 128, 64, false, false, 0 },
-	{ "replays of parts, 64", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 8, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
-	{ "replays of parts, 96", KM_PART_GEMM, { 9, 130 }, { 490, 10 }, 264, 8, 7168, KM_GEMM_PARTS, -1, 0, 0, false, false, 0 },
 	{ "replays of general", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, false, 0 },
 	{ "replays of general, f32", KM_PART_GEMM, { 1, 9 }, { 250, 250 }, 8, 8, 64, KM_GEMM_GENERAL, -1, 0, 0, false, true, 0 },
 	{ "replays of gate, softmax, 384 experts", KM_PART_GATE, { 1, 8 }, { 450, 50 }, 384, 8, 64, -1, -1, 0, 0, true, false, 0 },
@@ -680,10 +690,6 @@ static const replay_case replay_cases[] = {
 	{ "replays of gate by rounds, softmax", KM_PART_GATE, { 1, 5 }, { 450, 50 }, 60, 6, 64, -1, KM_GATE_ROUNDS, 0, 0, true, false, 0 },
 	{ "replays of alignment, 100 and 200", KM_PART_ALIGN, { 100, 200 }, { 450, 50 }, 384, 8, 64, -1, -1, 0, 0, false, false, 0 },
 	{ "replays of gate, alignment, softmax", KM_PART_GATE_ALIGN, { 8, 16 }, { 450, 50 }, 256, 8, 64, -1, -1, 0, 0, true, false, 0 },
-	{ "replays of router, gate, softmax", KM_PART_ROUTER_GATE, { 1, 16 }, { 450, 50 }, 384, 8, 7168, -1, -1, 0, 0, true, false, 0 },
-	{ "replays of one launch, 384 experts", KM_PART_ONE_LAUNCH, { 1, 16 }, { 450, 50 }, 384, 8, 7168, -1, -1, 0, 0, false, false, 0 },
-	{ "replays of resident, 384 experts", KM_PART_GEMM, { 1 }, { 500 }, 384, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
-	{ "replays of resident, 512 experts", KM_PART_GEMM, { 1 }, { 500 }, 512, 8, 7168, KM_GEMM_RESIDENT, -1, 0, 0, false, false, 0 },
 };
 
 static km_router_plan replay_plan(const replay_case *c, const km_router_shape *s, bool pdl)
@@ -714,47 +720,67 @@ static bool makes_logits(const replay_case *c)
 	return c->part != KM_PART_GATE && c->part != KM_PART_ALIGN && c->part != KM_PART_GATE_ALIGN;
 }
 
-/* One replay's inputs, and poison where its outputs go. Returns the logits, where they are an input. */
-static float *change_inputs(rig *r, const replay_case *c, int32_t *valid, uint16_t *const *x, int replay)
+/* A replay in flight, with a stream and buffers of its own. */
+typedef struct flight {
+	km_cuda *gpu;
+	rig r;
+	km_cuda_graph *graph;
+	int32_t valid;
+} flight;
+
+/* What the flights of a bucket share: shape, weights, two inputs, and the logits that each of these gave. */
+typedef struct replay_inputs {
+	km_router_shape shape;
+	uint16_t *x[2];
+	float *w32, *bias, *first[2];
+	const void *w; /* w32, or bf16 */
+	void *device_w, *device_bias;
+	bool seen[2];
+} replay_inputs;
+
+/* One replay's inputs, and poison where its outputs go. */
+static void change_inputs(flight *f, const replay_case *c, const uint16_t *x, int replay)
 {
+	rig *r = &f->r;
 	int bucket = r->shape.tokens;
 	size_t n = (size_t)bucket * (size_t)r->shape.experts * sizeof(float);
-	float *logits = NULL;
 
-	*valid = 1 + replay * 7 % bucket;
+	f->valid = 1 + replay * 7 % bucket;
 	rig_poison(r);
-	must(km_cuda_upload(gpu, (void *)r->b.valid, valid, 4, &err));
+	must(km_cuda_upload(gpu, (void *)r->b.valid, &f->valid, 4, &err));
 	if (makes_logits(c)) {
 		must(km_cuda_fill(gpu, r->b.logits, POISON, n, &err));
-		must(km_cuda_upload(gpu, (void *)r->b.x, x[replay % 2],
-		                    (size_t)bucket * (size_t)r->shape.hidden * 2, &err));
+		must(km_cuda_upload(gpu, (void *)r->b.x, x, (size_t)bucket * (size_t)r->shape.hidden * 2, &err));
 	} else if (c->part == KM_PART_ALIGN) {
 		fill_ids(r, replay);
 	} else {
-		logits = make_logits(replay % 9 == 8 ? BROKEN : RANDOM, bucket, r->shape.experts,
-		                     100 + (uint64_t)replay);
+		float *logits = make_logits(replay % 9 == 8 ? BROKEN : RANDOM, bucket, r->shape.experts,
+		                            100 + (uint64_t)replay);
+
 		must(km_cuda_upload(gpu, r->b.logits, logits, n, &err));
+		free(logits);
 	}
-	return logits;
 }
 
-/* The logits that an x gives are checked once, `first`, and are the same bits ever after. */
-static void check_replay_logits(rig *r, const uint16_t *x, const void *w, float *first, bool is_first)
+/* The logits that an x gives are checked once, and are the same bits ever after. */
+static void check_replay_logits(rig *r, replay_inputs *in, int x)
 {
 	size_t n = (size_t)r->shape.tokens * (size_t)r->shape.experts * sizeof(float);
 	km_router_check check = { 0 };
 
-	if (!is_first) {
-		assert_memory_equal(r->logits, first, n);
+	if (in->seen[x]) {
+		assert_memory_equal(r->logits, in->first[x], n);
 		return;
 	}
-	must(km_router_check_logits(&check, &r->shape, x, w, r->logits, 0,
+	must(km_router_check_logits(&check, &r->shape, in->x[x], in->w, r->logits, 0,
 	                            r->shape.tokens > 8 ? r->shape.tokens / 4 : 1, &err));
-	memcpy(first, r->logits, n);
+	memcpy(in->first[x], r->logits, n);
+	in->seen[x] = true;
 }
 
-static void check_replay(rig *r, const replay_case *c, const float *bias, int valid)
+static void check_replay(flight *f, const replay_case *c, const float *bias)
 {
+	rig *r = &f->r;
 	km_router_check check = { 0 };
 
 	if (c->part != KM_PART_ALIGN)
@@ -762,86 +788,131 @@ static void check_replay(rig *r, const replay_case *c, const float *bias, int va
 		                      (size_t)r->shape.tokens * (size_t)r->shape.experts * 4, &err));
 	if (c->part != KM_PART_ALIGN && c->part != KM_PART_GEMM) {
 		rig_fetch_gate(r);
-		must(km_router_check_gate(&check, &r->shape, r->logits, bias, NULL, valid, r->ids, r->weights,
+		must(km_router_check_gate(&check, &r->shape, r->logits, bias, NULL, f->valid, r->ids, r->weights,
 		                          &err));
 	}
 	if (c->part != KM_PART_GATE && c->part != KM_PART_ROUTER_GATE && c->part != KM_PART_GEMM)
 		rig_check_align(r);
 }
 
+static void open_inputs(replay_inputs *in, const replay_case *c, int bucket)
+{
+	size_t weights = (size_t)c->experts * (size_t)c->hidden;
+
+	*in = (replay_inputs){ .shape = k2_shape(bucket) };
+	in->shape.experts = c->experts;
+	in->shape.top_k = c->top_k;
+	in->shape.hidden = c->hidden;
+	in->shape.softmax = c->softmax;
+	in->shape.weights_f32 = c->f32;
+	in->shape.groups = c->groups ? c->groups : 1;
+	in->shape.topk_group = c->groups ? 4 : 1;
+	in->bias = make_bias(1, c->experts);
+	in->w32 = km_xcalloc(weights, sizeof(float));
+	for (size_t i = 0; i < weights && c->f32; i++)
+		in->w32[i] = km_rng_normal(4, i) * 0.03f;
+	in->w = c->f32 ? (void *)in->w32 : router_weights();
+	for (int i = 0; i < 2; i++) {
+		in->x[i] = make_bf16((size_t)bucket * (size_t)c->hidden, 32 + (uint64_t)i, 1.0f);
+		in->first[i] = km_xcalloc((size_t)bucket * (size_t)c->experts, sizeof(float));
+	}
+	in->device_w = take_copy(in->w, weights * (c->f32 ? 4 : 2));
+	in->device_bias = take_copy(in->bias, (size_t)c->experts * 4);
+}
+
+static void close_inputs(replay_inputs *in)
+{
+	for (int i = 0; i < 2; i++) {
+		free(in->x[i]);
+		free(in->first[i]);
+	}
+	free(in->w32);
+	free(in->bias);
+}
+
+static void open_flight(flight *f, km_cuda *on, const replay_case *c, const replay_inputs *in, bool pdl)
+{
+	km_router_plan plan = replay_plan(c, &in->shape, pdl);
+
+	f->gpu = on;
+	f->valid = in->shape.tokens;
+	rig_open(&f->r, &in->shape);
+	f->r.b.x = take_copy(in->x[0], (size_t)in->shape.tokens * (size_t)c->hidden * 2);
+	f->r.b.w = in->device_w;
+	f->r.b.bias = in->device_bias;
+	f->r.b.valid = take_copy(&f->valid, 4);
+	must(km_cuda_wait(gpu, &err)); /* the buffers are filled */
+	if (blas && makes_logits(c))
+		must(km_cuda_router_run(on, c->part, &plan, &in->shape, &f->r.b, &err)); /* cuBLASLt chooses */
+	must(km_cuda_capture_begin(on, &err));
+	must(km_cuda_router_run(on, c->part, &plan, &in->shape, &f->r.b, &err));
+	must(km_cuda_capture_end(on, &f->graph, &err));
+}
+
 static void replay_bucket(const replay_case *c, int bucket, int replays, bool pdl)
 {
-	km_router_shape s = k2_shape(bucket);
-	size_t mark = mark_pieces(), weights = (size_t)c->experts * (size_t)c->hidden;
-	float *w32 = km_xcalloc(weights, sizeof(float)), *bias = make_bias(1, c->experts);
-	uint16_t *w = router_weights(), *x[2];
-	float *first[2];
-	km_cuda_graph *graph = NULL;
-	int32_t valid = bucket;
-	km_router_plan plan;
-	rig r;
+	size_t mark = mark_pieces();
+	flight flights[FLIGHTS];
+	replay_inputs in;
 
-	s.experts = c->experts;
-	s.top_k = c->top_k;
-	s.hidden = c->hidden;
-	s.softmax = c->softmax;
-	s.weights_f32 = c->f32;
-	s.groups = c->groups ? c->groups : 1;
-	s.topk_group = c->groups ? 4 : 1;
-	plan = replay_plan(c, &s, pdl);
-	for (size_t i = 0; i < weights && c->f32; i++)
-		w32[i] = km_rng_normal(4, i) * 0.03f;
-	rig_open(&r, &s);
-	for (int i = 0; i < 2; i++) {
-		x[i] = make_bf16((size_t)bucket * (size_t)c->hidden, 32 + (uint64_t)i, 1.0f);
-		first[i] = km_xcalloc((size_t)bucket * (size_t)c->experts, sizeof(float));
-	}
-	r.b.x = take_copy(x[0], (size_t)bucket * (size_t)c->hidden * 2);
-	r.b.w = c->f32 ? take_copy(w32, weights * 4) : take_copy(w, weights * 2);
-	r.b.bias = take_copy(bias, (size_t)c->experts * 4);
-	r.b.valid = take_copy(&valid, 4);
-	if (makes_logits(c))
-		must(km_cuda_router_run(gpu, c->part, &plan, &s, &r.b, &err)); /* cuBLASLt chooses */
-	must(km_cuda_capture_begin(gpu, &err));
-	must(km_cuda_router_run(gpu, c->part, &plan, &s, &r.b, &err));
-	must(km_cuda_capture_end(gpu, &graph, &err));
-	for (int i = 0; i < replays; i++) {
-		float *logits = change_inputs(&r, c, &valid, x, i);
+	open_inputs(&in, c, bucket);
+	for (int k = 0; k < flight_count; k++)
+		open_flight(&flights[k], streams[k], c, &in, pdl);
+	for (int i = 0; i < replays; i += flight_count) {
+		int now = replays - i < flight_count ? replays - i : flight_count, x = i / flight_count % 2;
 
-		must(km_cuda_graph_launch(gpu, graph, &err));
-		check_replay(&r, c, bias, valid);
-		if (makes_logits(c))
-			check_replay_logits(&r, x[i % 2], c->f32 ? (void *)w32 : w, first[i % 2], i < 2);
-		free(logits);
+		for (int k = 0; k < now; k++)
+			change_inputs(&flights[k], c, in.x[x], i + k);
+		for (int k = 0; k < now; k++)
+			must(km_cuda_graph_launch(flights[k].gpu, flights[k].graph, &err));
+		for (int k = 0; k < now; k++) {
+			must(km_cuda_wait(flights[k].gpu, &err));
+			check_replay(&flights[k], c, in.bias);
+			if (makes_logits(c))
+				check_replay_logits(&flights[k].r, &in, x);
+		}
 	}
-	km_cuda_graph_free(graph);
-	rig_close(&r);
-	for (int i = 0; i < 2; i++) {
-		free(x[i]);
-		free(first[i]);
+	for (int k = 0; k < flight_count; k++) {
+		km_cuda_graph_free(flights[k].graph);
+		rig_close(&flights[k].r);
 	}
-	free(w32);
-	free(bias);
+	close_inputs(&in);
 	free_pieces(mark);
 }
 
+typedef struct replay_test {
+	const replay_case *c;
+	bool overlap;
+	char name[80];
+} replay_test;
+
 static void replay_form(void **state)
 {
-	const replay_case *c = *state;
+	const replay_test *test = *state;
+	const replay_case *c = test->c;
 	int replays = 0;
 
 	if ((c->gemm == KM_GEMM_SPLIT || c->gemm == KM_GEMM_PARTS) && km_cuda_info_of(gpu)->capability != 90) {
-		printf("skip: %s is for capability 9.0\n", c->name);
+		printf("skip: %s is for capability 9.0\n", test->name);
 		skip();
 	}
-	for (int b = 0; b < COUNT(c->tokens); b++)
-		for (int pdl = 0; pdl < 2 && c->tokens[b]; pdl++) {
-			int n = few ? (c->replays[b] + 99) / 100 : c->replays[b];
+	for (int b = 0; b < COUNT(c->tokens) && c->tokens[b]; b++) {
+		int n = few ? (c->replays[b] + 99) / 100 : c->replays[b];
 
-			replay_bucket(c, c->tokens[b], n, pdl);
-			replays += n;
-		}
-	printf("figure: %d %s\n", replays, c->name);
+		replay_bucket(c, c->tokens[b], n, test->overlap);
+		replays += n;
+	}
+	printf("figure: %d %s\n", replays, test->name);
+}
+
+/* A form's two tests, with and without overlap. */
+static void name_replays(replay_test *tests)
+{
+	for (int i = 0; i < 2 * COUNT(replay_cases); i++) {
+		tests[i] = (replay_test){ .c = &replay_cases[i / 2], .overlap = i % 2 };
+		snprintf(tests[i].name, sizeof(tests[i].name), "%s%s", tests[i].c->name,
+		         tests[i].overlap ? ", overlapping" : "");
+	}
 }
 
 static void test_large_replay(void **state)
@@ -892,9 +963,15 @@ int main(int argc, char **argv)
 		cmocka_unit_test(test_one_launch), cmocka_unit_test(test_large_replay),
 		cmocka_unit_test(test_plan_limits),
 	};
-	struct CMUnitTest tests[COUNT(checks) + COUNT(replay_cases)];
+	struct CMUnitTest tests[COUNT(checks) + 2 * COUNT(replay_cases)];
+	replay_test replays[2 * COUNT(replay_cases)];
 	int failed;
 
+	name_replays(replays);
+	for (int i = 0; i < COUNT(replays) && argc > 1 && !strcmp(argv[1], "forms"); i++)
+		puts(replays[i].name);
+	if (argc > 1 && !strcmp(argv[1], "forms"))
+		return 0;
 	few = argc > 1 && !strcmp(argv[1], "few");
 	short_run = few || (argc > 1 && !strcmp(argv[1], "short"));
 	if (argc > 2)
@@ -904,18 +981,21 @@ int main(int argc, char **argv)
 		printf("skip: %s\n", err.msg);
 		return 0;
 	}
-	if (km_cuda_open(&gpu, 0, (size_t)1 << (short_run ? 20 : 30), &err) < 0) {
-		fprintf(stderr, "%s\n", err.msg);
-		return 1;
-	}
+	for (; flight_count < (short_run ? FLIGHTS : 1); flight_count++)
+		if (km_cuda_open(&streams[flight_count], 0, (size_t)1 << (short_run ? 20 : 30), &err) < 0) {
+			fprintf(stderr, "%s\n", err.msg);
+			return 1;
+		}
+	gpu = streams[0];
 	blas = !short_run && km_cuda_blas_open(gpu, &err) == 0;
 	printf("figure: %s, %s\n", km_cuda_info_of(gpu)->name, km_cuda_info_of(gpu)->toolkit);
 	memcpy(tests, checks, sizeof(checks));
-	for (int i = 0; i < COUNT(replay_cases); i++)
-		tests[COUNT(checks) + i] = (struct CMUnitTest){ .name = replay_cases[i].name,
+	for (int i = 0; i < COUNT(replays); i++)
+		tests[COUNT(checks) + i] = (struct CMUnitTest){ .name = replays[i].name,
 			                                        .test_func = replay_form,
-			                                        .initial_state = (void *)&replay_cases[i] };
+			                                        .initial_state = &replays[i] };
 	failed = cmocka_run_group_tests(tests, NULL, NULL);
-	km_cuda_close(gpu);
+	while (flight_count)
+		km_cuda_close(streams[--flight_count]);
 	return failed;
 }
