@@ -54,6 +54,27 @@ static void test_every_candidate_is_taken(void **state)
 			}
 }
 
+/* Every hidden size has a plan: the small tiles take multiples of 512 alone. */
+static void test_hidden_sizes(void **state)
+{
+	static const int tokens[] = { 1, 9, 16, 64, 128, 1024, 8192 };
+
+	(void)state;
+	for (int hidden = 128; hidden <= 8192; hidden += 128)
+		for (int intermediate = 128; intermediate <= 512; intermediate *= 2)
+			for (int t = 0; t < 7; t++) {
+				km_moe_problem p = k25(tokens[t], intermediate);
+				km_moe_plan own, tuned;
+
+				p.hidden = hidden;
+				assert_int_equal(km_moe_plan_make(&own, &p, &h100, NULL, &err), 0);
+				if (own.form == KM_MOE_GENERAL)
+					assert_int_not_equal(hidden % 256, 0);
+				else
+					assert_int_equal(km_moe_plan_make(&tuned, &p, &h100, &own.tile, &err), 0);
+			}
+}
+
 static void test_forms(void **state)
 {
 	km_moe_problem p = k25(1, 256);
@@ -154,7 +175,7 @@ static void test_refusals(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-		cmocka_unit_test(test_every_candidate_is_taken),
+		cmocka_unit_test(test_every_candidate_is_taken), cmocka_unit_test(test_hidden_sizes),
 		cmocka_unit_test(test_forms), cmocka_unit_test(test_taken_along),
 		cmocka_unit_test(test_refusals),
 	};

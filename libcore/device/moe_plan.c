@@ -242,13 +242,25 @@ static const struct shape *choose_among(const km_moe_problem *p, const km_moe_de
 	return best;
 }
 
-/* There is one: stream_misses has looked. */
+/* The first that fits: the smaller come first. */
+static const struct shape *smallest_shape(const km_moe_problem *p, const km_moe_device *d)
+{
+	const struct shape *s = shapes;
+
+	while (s < shapes + SHAPES - 1 && !shape_fits(s, p, d))
+		s++;
+	return s;
+}
+
+/* There is one: stream_misses has looked. Where no tile is small enough for so few places, those of the hidden size
+ * that fit have room for more. */
 static const struct shape *choose_shape(const km_moe_problem *p, const km_moe_device *d)
 {
 	bool prefill = p->tokens >= PREFILL_TOKENS;
 	const struct shape *s = choose_among(p, d, prefill);
 
-	return s ? s : choose_among(p, d, !prefill);
+	s = s ? s : choose_among(p, d, !prefill);
+	return s ? s : smallest_shape(p, d);
 }
 
 static const struct shape *find_shape(const km_moe_tile *t)

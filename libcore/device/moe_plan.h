@@ -7,9 +7,9 @@
  * numbers carry the names of the tuning files' keys; a file's entry for M tokens is one km_moe_tile.
  *
  *   block_m  BLOCK_SIZE_M: routed places (tokens of one expert) that a tile takes; 8 to 112
- *   block_n  BLOCK_SIZE_N: rows of the gate-and-up matrix (2 * intermediate) in a tile; 32 to 256
+ *   block_n  BLOCK_SIZE_N: rows of the gate-and-up matrix (2 * intermediate) in a tile; 32 to 512
  *   block_k  BLOCK_SIZE_K: columns of it in one stage of shared memory; follows from the other two
- *   group_m  GROUP_SIZE_M: tiles of places that share a pass over the rows; 1 or 4; 1 from 48 places on
+ *   group_m  GROUP_SIZE_M: tiles of places that share a pass over the rows; 1 or 4; 1 with 48, 80 and 112 places
  *   warps    num_warps: that multiply; follows from the first two too: 8 or 16
  *   stages   num_stages: of weights in shared memory; 2 up to what fits
  * The down projection runs in the same launch: its tile has the same places, 128 to 512 rows
