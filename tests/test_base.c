@@ -6,6 +6,7 @@
 
 #include <cmocka.h>
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -248,6 +249,45 @@ static void output_files_appear_whole_or_not_at_all(void **state)
 	free(path);
 }
 
+/* A link's target is replaced, the link stays; a pipe is written to. */
+static void output_keeps_links_and_pipes(void **state)
+{
+	char dir[] = "/tmp/km-base-XXXXXX", got[8] = "";
+	char *file, *link, *pipe;
+	km_err err;
+	struct stat st;
+	int fd;
+
+	(void)state;
+	assert_non_null(mkdtemp(dir));
+	file = km_xasprintf("%s/file", dir);
+	link = km_xasprintf("%s/link", dir);
+	pipe = km_xasprintf("%s/pipe", dir);
+	assert_int_equal(km_outfile_save(file, "old", 3, &err), 0);
+	assert_int_equal(symlink("file", link), 0);
+	assert_int_equal(km_outfile_save(link, "newer", 5, &err), 0);
+	assert_int_equal(lstat(link, &st), 0);
+	assert_true(S_ISLNK(st.st_mode));
+	assert_int_equal(stat(file, &st), 0);
+	assert_int_equal(st.st_size, 5);
+	assert_int_equal(mkfifo(pipe, 0600), 0);
+	fd = open(pipe, O_RDONLY | O_NONBLOCK);
+	assert_int_not_equal(fd, -1);
+	assert_int_equal(km_outfile_save(pipe, "piped", 5, &err), 0);
+	assert_int_equal(read(fd, got, sizeof(got)), 5);
+	assert_string_equal(got, "piped");
+	assert_int_equal(stat(pipe, &st), 0);
+	assert_true(S_ISFIFO(st.st_mode));
+	close(fd);
+	assert_int_equal(km_outfile_save("/dev/full", "x", 1, &err), KM_EIO);
+	assert_int_equal(stat("/dev/full", &st), 0);
+	assert_true(S_ISCHR(st.st_mode));
+	assert_int_equal(unlink(link) | unlink(file) | unlink(pipe) | rmdir(dir), 0);
+	free(file);
+	free(link);
+	free(pipe);
+}
+
 static void random_numbers_are_the_same_everywhere(void **state)
 {
 	double sum = 0, square = 0;
@@ -276,6 +316,7 @@ int main(void)
 		cmocka_unit_test(utf8_round_trips_every_scalar),
 		cmocka_unit_test(options_are_checked_as_they_are_read),
 		cmocka_unit_test(output_files_appear_whole_or_not_at_all),
+		cmocka_unit_test(output_keeps_links_and_pipes),
 		cmocka_unit_test(random_numbers_are_the_same_everywhere),
 	};
 

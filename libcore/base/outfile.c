@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,13 +17,44 @@ static int io_fail(km_outfile *out, const char *doing, km_err *err)
 	return km_fail(err, KM_EIO, "%s: %s: %s", out->path, doing, strerror(errno));
 }
 
+/* A pipe, a terminal or a device is written to, not replaced; so is /dev/stdout, whatever it stands for. */
+static bool is_written_in_place(const char *path)
+{
+	struct stat st;
+
+	return stat(path, &st) == 0 && (!(S_ISREG(st.st_mode) || S_ISDIR(st.st_mode)) || !strncmp(path, "/dev/", 5));
+}
+
+static int open_in_place(km_outfile *out, const char *path, km_err *err)
+{
+	out->path = km_xstrdup(path);
+	out->temp = NULL;
+	out->fd = open(path, O_WRONLY | O_APPEND | O_CLOEXEC);
+	if (out->fd >= 0)
+		return 0;
+	io_fail(out, "cannot be opened", err);
+	km_outfile_release(out);
+	return KM_EIO;
+}
+
+/* Where a symbolic link leads, so that its target is replaced and not the link. */
+static char *target_of(const char *path)
+{
+	char *target = realpath(path, NULL), *copy = km_xstrdup(target ? target : path);
+
+	free(target);
+	return copy;
+}
+
 int km_outfile_open(km_outfile *out, const char *path, km_err *err)
 {
 	mode_t mask = umask(0);
 
 	umask(mask);
-	out->path = km_xstrdup(path);
-	out->temp = km_xasprintf("%s.tmp-XXXXXX", path);
+	if (is_written_in_place(path))
+		return open_in_place(out, path, err);
+	out->path = target_of(path);
+	out->temp = km_xasprintf("%s.tmp-XXXXXX", out->path);
 	out->fd = mkostemp(out->temp, O_CLOEXEC);
 	if (out->fd < 0) {
 		io_fail(out, "cannot be created", err);
@@ -104,11 +136,13 @@ int km_outfile_commit(km_outfile *out, km_err *err)
 {
 	int fd = out->fd;
 
-	if (fsync(fd) < 0)
+	if (fsync(fd) < 0 && (out->temp || errno != EINVAL))
 		return io_fail(out, "cannot be flushed to disk", err);
 	out->fd = -1;
 	if (close(fd) < 0)
 		return io_fail(out, "cannot be closed", err);
+	if (!out->temp)
+		return 0;
 	if (rename(out->temp, out->path) < 0)
 		return io_fail(out, "cannot be put in place", err);
 	free(out->temp);

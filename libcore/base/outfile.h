@@ -1,7 +1,8 @@
 /*
  * Output files that appear whole or not at all: written under a temporary name in the same folder,
- * fsync'ed, then renamed over the target. Released without a commit, the temporary file is removed
- * and the target is as it was.
+ * fsync'ed, then renamed over the target, a symbolic link's own if it is one. Released without a commit, the
+ * temporary file is removed and the target is as it was. What is no regular file (a pipe, a device), and what is in
+ * /dev, is written to as it stands.
  */
 #ifndef KM_BASE_OUTFILE_H
 #define KM_BASE_OUTFILE_H
@@ -13,7 +14,7 @@
 
 typedef struct km_outfile {
 	int fd; /* -1 when closed */
-	char *path, *temp;
+	char *path, *temp; /* temp NULL: written in place */
 } km_outfile;
 
 int km_outfile_open(km_outfile *out, const char *path, km_err *err);
