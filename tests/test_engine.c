@@ -961,20 +961,25 @@ static void seeds_decide(void **state)
 /* Requests that a model which draws needs nothing from the host for, so that most steps are launched
  * before the last one's tokens are there; some end by a token, some are cancelled, some rows are
  * refused. */
-static void steps_go_ahead(void **state)
+typedef struct ahead {
+	km_engine_stats stats;
+	int launched, refused; /* ahead; rows */
+} ahead;
+
+static ahead go_ahead(const km_engine_shape *shape, int count, int longest, uint64_t seed)
 {
 	fake_model model = { .forms = false };
-	km_engine_shape shape = fake_shape();
-	km_engine *engine = fake_engine(&model, &shape);
-	load *loads = km_xcalloc(LOAD, sizeof(*loads));
-	km_engine_stats stats;
+	km_engine *engine = fake_engine(&model, shape);
+	ahead all;
+	load *loads = km_xcalloc((size_t)count, sizeof(*loads));
 
-	(void)state;
-	for (uint64_t i = 0; i < LOAD; i++) {
-		make_request(&loads[i], i);
+	for (int i = 0; i < count; i++) {
+		make_request(&loads[i], seed + (uint64_t)i);
 		loads[i].options.logprobs = -1;
 		loads[i].options.prompt_logprobs = false;
-		loads[i].options.max_tokens = 40 + (int)(i % 30);
+		if (loads[i].options.prompt_len > longest)
+			loads[i].options.prompt_len = longest;
+		loads[i].options.max_tokens = 40 + i % 30;
 		loads[i].options.ignore_eos = i % 2;
 		loads[i].options.sampling.has_seed = true;
 		loads[i].options.sampling.repetition_penalty = 1;
@@ -982,29 +987,60 @@ static void steps_go_ahead(void **state)
 		loads[i].options.sampling.presence_penalty = 0;
 		loads[i].client = client_new(engine);
 		if (i % 5 == 2)
-			loads[i].client->cancel_at = 1 + (int)(i % 11);
+			loads[i].client->cancel_at = 1 + i % 11;
 		assert_int_equal(client_submit(loads[i].client, &loads[i].options, NULL), 0);
 	}
-	for (int i = 0; i < LOAD; i++) {
+	for (int i = 0; i < count; i++) {
 		client_sample *got = &loads[i].client->samples[0];
 		client *want;
 
 		client_wait(loads[i].client);
 		if (got->finish == KM_FINISH_ABORT)
 			continue;
-		want = run_alone(&shape, false, &loads[i].options);
+		want = run_alone(shape, false, &loads[i].options);
 		same_answer(got, &want->samples[0]);
 		client_free(want);
 	}
-	km_engine_stats_get(engine, &stats);
-	assert_int_equal(stats.pages_used, 0);
-	print_message("figure: %lld steps, %d of them launched ahead, %d rows refused\n",
-	              (long long)stats.steps, model.ahead, model.refused);
-	assert_int_equal(model.ahead > 20 && model.refused > 20, fake_draws);
-	for (int i = 0; i < LOAD; i++)
+	km_engine_stats_get(engine, &all.stats);
+	assert_int_equal(all.stats.pages_used, 0);
+	all.launched = model.ahead;
+	all.refused = model.refused;
+	for (int i = 0; i < count; i++)
 		client_free(loads[i].client);
 	free(loads);
 	fake_close(engine, &model);
+	return all;
+}
+
+static void steps_go_ahead(void **state)
+{
+	km_engine_shape shape = fake_shape();
+	ahead got;
+
+	(void)state;
+	got = go_ahead(&shape, LOAD, LONGEST, 0);
+	print_message("figure: %lld steps, %d of them launched ahead, %d rows refused\n",
+	              (long long)got.stats.steps, got.launched, got.refused);
+	assert_int_equal(got.launched > 20 && got.refused > 20, fake_draws);
+}
+
+/* A refused row's request may lose its pages before the row is computed again: it comes back as a prompt, cut into
+ * chunks, the first of which draws nothing. */
+static void a_refused_row_is_preempted(void **state)
+{
+	int64_t preempted = 0;
+
+	(void)state;
+	for (int i = 0; i < 60; i++) {
+		km_engine_shape shape = fake_shape();
+
+		shape.context_length = 144;
+		shape.total_pages = 36 + i % 8;
+		shape.prefill_rows = 3 + i % 7;
+		preempted += go_ahead(&shape, 6, 20, 1000 * (uint64_t)i).stats.preemptions;
+	}
+	print_message("figure: %lld preemptions\n", (long long)preempted);
+	assert_true(preempted > 20);
 }
 
 int main(void)
@@ -1031,6 +1067,7 @@ int main(void)
 		cmocka_unit_test(many_threads_at_once),
 		cmocka_unit_test(seeds_decide),
 		cmocka_unit_test(steps_go_ahead),
+		cmocka_unit_test(a_refused_row_is_preempted),
 	};
 
 	int failed = cmocka_run_group_tests(tests, NULL, NULL);

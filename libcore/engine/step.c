@@ -600,8 +600,12 @@ static int begin_step(km_engine *engine, km_err *err)
 
 	step->chunk_count = km_scheduler_plan(&engine->scheduler, step->chunks);
 	KM_ASSERT(step->chunk_count > 0);
-	for (int i = 0; i < step->chunk_count; i++)
-		note_admission(engine, (km_sample *)step->chunks[i].seq);
+	for (int i = 0; i < step->chunk_count; i++) {
+		km_sample *sample = (km_sample *)step->chunks[i].seq;
+
+		note_admission(engine, sample);
+		sample->redo = sample->redo && step->chunks[i].decode; /* what was preempted is computed again anyway */
+	}
 	make_batch(engine, step);
 	plan_draws(engine, step, 0);
 	km_engine_publish(engine);
