@@ -14,6 +14,7 @@
 
 #include "base/arena.h"
 #include "base/buf.h"
+#include "base/copy.h"
 #include "base/err.h"
 #include "base/mem.h"
 #include "base/option.h"
@@ -288,6 +289,30 @@ static void output_keeps_links_and_pipes(void **state)
 	free(pipe);
 }
 
+/* Every byte, and none beyond, however the threads divide them. */
+static void copies_are_whole(void **state)
+{
+	enum { LARGEST = 64 * 400 + 3 };
+	static const size_t sizes[] = { 1, 63, 64, 65, 64 * 85 + 1, 64 * 191, 64 * 193 - 1, 64 * 400 - 64, LARGEST };
+	char *from = km_xmalloc(LARGEST), *to = km_xmalloc(LARGEST + 1), *untouched = km_xcalloc(1, LARGEST + 1);
+
+	(void)state;
+	for (size_t i = 0; i < LARGEST; i++)
+		from[i] = (char)(1 + i % 127);
+	for (size_t s = 0; s < sizeof(sizes) / sizeof(sizes[0]); s++)
+		for (int threads = 1; threads <= 200; threads += threads < 4 ? 1 : 13) {
+			size_t left = LARGEST + 1 - sizes[s];
+
+			memset(to, 0, LARGEST + 1);
+			km_copy(to, from, sizes[s], threads);
+			assert_memory_equal(to, from, sizes[s]);
+			assert_memory_equal(to + sizes[s], untouched, left);
+		}
+	free(from);
+	free(to);
+	free(untouched);
+}
+
 static void random_numbers_are_the_same_everywhere(void **state)
 {
 	double sum = 0, square = 0;
@@ -317,6 +342,7 @@ int main(void)
 		cmocka_unit_test(options_are_checked_as_they_are_read),
 		cmocka_unit_test(output_files_appear_whole_or_not_at_all),
 		cmocka_unit_test(output_keeps_links_and_pipes),
+		cmocka_unit_test(copies_are_whole),
 		cmocka_unit_test(random_numbers_are_the_same_everywhere),
 	};
 

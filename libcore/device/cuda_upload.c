@@ -1,8 +1,8 @@
 #include "device/cuda_upload.h"
 
 #include <stdlib.h>
-#include <string.h>
 
+#include "base/copy.h"
 #include "base/mem.h"
 #include "device/cuda_state.h"
 
@@ -56,24 +56,6 @@ void km_upload_close(km_upload *u)
 	free(u);
 }
 
-static void copy(const km_upload *u, char *to, const char *from, size_t bytes)
-{
-	int pieces = bytes < SHARED_COPY_BYTES ? 1 : u->threads;
-	size_t each = (bytes / (size_t)pieces + 63) / 64 * 64;
-
-	if (pieces == 1) {
-		memcpy(to, from, bytes);
-		return;
-	}
-#pragma omp parallel for num_threads(u->threads) schedule(static, 1)
-	for (int i = 0; i < pieces; i++) {
-		size_t at = (size_t)i * each;
-
-		if (at < bytes)
-			memcpy(to + at, from + at, bytes - at < each ? bytes - at : each);
-	}
-}
-
 static int next_slot(km_upload *u, km_err *err)
 {
 	KM_CUDA_TRY(cudaEventRecord(u->fetched[u->slot], u->cuda->stream), err);
@@ -111,7 +93,7 @@ int km_upload_put(km_upload *u, void *to, const void *from, size_t bytes, km_err
 		if (left >= SHARED_COPY_BYTES && n > left)
 			n = left;
 		KM_TRY(km_upload_borrow(u, &buffer, n, err));
-		copy(u, buffer, from, n);
+		km_copy(buffer, from, n, n < SHARED_COPY_BYTES ? 1 : u->threads);
 		KM_TRY(km_upload_send(u, to, n, err));
 		to = (char *)to + n;
 		from = (const char *)from + n;
