@@ -9,6 +9,11 @@
 
 enum { WORKSPACE_BYTES = KM_CUDA_BLAS_BYTES };
 
+/* Of the toolkit whose headers these are. */
+#define BLAS_TEXT(x) #x
+#define BLAS_TEXT_OF(x) BLAS_TEXT(x)
+#define BLAS_LIBRARY "libcublasLt.so." BLAS_TEXT_OF(CUBLAS_VER_MAJOR)
+
 typedef struct blas_shape {
 	km_cuda_matmul key; /* without pointers */
 	cublasLtMatmulDesc_t op;
@@ -41,13 +46,13 @@ static int blas_fail(const km_cuda_blas *b, km_err *err, cublasStatus_t rc, cons
 
 static int load_functions(km_cuda_blas *b, km_err *err)
 {
-	b->library = dlopen("libcublasLt.so.13", RTLD_NOW | RTLD_LOCAL);
+	b->library = dlopen(BLAS_LIBRARY, RTLD_NOW | RTLD_LOCAL);
 	if (!b->library)
 		return km_fail(err, KM_ENOTFOUND, "cuBLASLt cannot be opened: %s", dlerror());
 #define BLAS_LOAD(name)                                                                            \
 	*(void **)&b->name = dlsym(b->library, #name);                                             \
 	if (!b->name)                                                                              \
-		return km_fail(err, KM_ENOTFOUND, "libcublasLt.so.13 has no " #name);
+		return km_fail(err, KM_ENOTFOUND, BLAS_LIBRARY " has no " #name);
 	BLAS_FUNCTIONS(BLAS_LOAD)
 	return 0;
 }
@@ -78,18 +83,27 @@ int km_cuda_blas_open(km_cuda *cuda, km_err *err)
 	return rc;
 }
 
+/* Also what was only made in part. */
+static void forget(const km_cuda_blas *b, const blas_shape *s)
+{
+	if (s->op)
+		b->cublasLtMatmulDescDestroy(s->op);
+	if (s->w)
+		b->cublasLtMatrixLayoutDestroy(s->w);
+	if (s->x)
+		b->cublasLtMatrixLayoutDestroy(s->x);
+	if (s->y)
+		b->cublasLtMatrixLayoutDestroy(s->y);
+}
+
 void km_cuda_blas_close(km_cuda *cuda)
 {
 	km_cuda_blas *b = cuda->blas;
 
 	if (!b)
 		return;
-	for (int i = 0; i < b->shapes; i++) {
-		b->cublasLtMatmulDescDestroy(b->shape[i].op);
-		b->cublasLtMatrixLayoutDestroy(b->shape[i].w);
-		b->cublasLtMatrixLayoutDestroy(b->shape[i].x);
-		b->cublasLtMatrixLayoutDestroy(b->shape[i].y);
-	}
+	for (int i = 0; i < b->shapes; i++)
+		forget(b, &b->shape[i]);
 	if (b->handle)
 		b->cublasLtDestroy(b->handle);
 	if (b->library)
@@ -145,6 +159,8 @@ static bool same_shape(const km_cuda_matmul *a, const km_cuda_matmul *b)
 
 static int find_shape(km_cuda_blas *b, blas_shape **shape, const km_cuda_matmul *args, km_err *err)
 {
+	int rc;
+
 	for (int i = 0; i < b->shapes; i++) {
 		*shape = &b->shape[i];
 		if (same_shape(&(*shape)->key, args))
@@ -154,9 +170,12 @@ static int find_shape(km_cuda_blas *b, blas_shape **shape, const km_cuda_matmul 
 		return km_fail(err, KM_ELIMIT, "cuBLASLt: more than %d shapes", KM_CUDA_BLAS_SHAPES);
 	*shape = &b->shape[b->shapes];
 	**shape = (blas_shape){ .key = *args };
-	KM_TRY(describe(b, *shape, err));
-	b->shapes++;
-	return 0;
+	rc = describe(b, *shape, err);
+	if (rc < 0)
+		forget(b, *shape);
+	else
+		b->shapes++;
+	return rc;
 }
 
 int km_cuda_blas_matmul(km_cuda *cuda, const km_cuda_matmul *a, km_err *err)

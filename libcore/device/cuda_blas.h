@@ -1,6 +1,6 @@
 /*
  * bf16 GEMM with f32 or bf16 output through cuBLASLt, which is opened at run time
- * (libcublasLt.so.13): the toolkit's static library is 700 MB and not everywhere, and only large
+ * (libcublasLt.so, of the toolkit's release): the toolkit's static library is 700 MB and not everywhere, and only large
  * token counts want it.
  */
 #ifndef KM_DEVICE_CUDA_BLAS_H

@@ -577,6 +577,8 @@ static int capture(km_cuda_moe_tuner *t, const km_moe_plan *plan, km_cuda_graph 
 		rc = km_cuda_moe_run(t->cuda, plan, &t->problem, &b, err);
 	}
 	ended = km_cuda_capture_end(t->cuda, graph, rc < 0 ? NULL : err);
+	if (rc < 0 && ended >= 0)
+		km_cuda_graph_free(*graph);
 	return rc < 0 ? rc : ended;
 }
 

@@ -34,6 +34,8 @@ enum {
 	MAX_TOP_K = 32,
 	MAX_EXPERTS = 1024,
 	MAX_BLOCKS = 255,
+	ALIGN_CHUNK = 1024,        /* places, at least, of one of up to ALIGN_CHUNKS: kernels/align.cu */
+	ALIGN_CHUNKS = 512,
 	PAD = 16,                  /* bytes between rows of activations, against bank conflicts */
 };
 
@@ -390,6 +392,7 @@ size_t km_moe_scratch_size(const km_moe_problem *p, const km_moe_device *d)
 {
 	size_t places = (size_t)p->tokens * (size_t)p->top_k, hidden = (size_t)p->hidden;
 	size_t runs = places < (size_t)p->experts ? places : (size_t)p->experts;
+	size_t chunks = places / ALIGN_CHUNK < ALIGN_CHUNKS ? places / ALIGN_CHUNK + 1 : ALIGN_CHUNKS;
 	size_t few = (size_t)(p->tokens < PART_F32_TOKENS ? p->tokens : PART_F32_TOKENS) * (size_t)p->top_k;
 	bool stream = !stream_misses(p, d);
 	size_t general = stream && places > KM_MOE_GENERAL_PLACES ? KM_MOE_GENERAL_PLACES : places;
@@ -399,7 +402,7 @@ size_t km_moe_scratch_size(const km_moe_problem *p, const km_moe_device *d)
 	return KM_MOE_SYNC_BYTES + rounded(places * 4)                     /* ids through the map */
 	       + rounded((places + (runs + 1) * 128) * 4)                  /* sorted places */
 	       + rounded((places / 8 + runs + 1) * 4) + 256                /* each tile's expert; the total */
-	       + rounded(128 * (size_t)p->experts * 4)                     /* the alignment's counts */
+	       + rounded((chunks + 1) * (size_t)p->experts * 4)            /* the alignment's counts */
 	       + rounded(act)                                              /* silu(gate) * up */
 	       + rounded(part);                                            /* each place's output */
 }

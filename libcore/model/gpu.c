@@ -87,10 +87,10 @@ static size_t mla_scratch(const km_config *c, const km_model_options *o, const k
 {
 	km_mla_shape shape = km_gpu_mla_shape(c, o);
 	km_mla_device device = { info->capability, info->multiprocessors };
+	int most_seqs = km_gpu_form_rows(o->max_seqs); /* a step's, with those that pad it */
 	size_t most = 0;
 
-	for (int seqs = 1; seqs <= o->max_seqs;
-	     seqs = seqs < o->max_seqs && 2 * seqs > o->max_seqs ? o->max_seqs : 2 * seqs)
+	for (int seqs = 1; seqs <= most_seqs; seqs = seqs < most_seqs && 2 * seqs > most_seqs ? most_seqs : 2 * seqs)
 		for (int context = 256; context < 2 * o->max_context + 256; context *= 2) {
 			km_mla_decode_plan plan =
 				km_mla_plan_decode(&shape, seqs, context, &device);
@@ -254,6 +254,9 @@ static int check_options(const km_config *c, const km_model_options *o, km_err *
 			"attention on a GPU wants sizes that 8 divides: kv_lora_rank %d, heads of "
 			"%d + %d, values of %d",
 			c->kv_lora_rank, c->qk_nope_head_dim, c->qk_rope_head_dim, c->v_head_dim);
+	if ((int64_t)o->max_seqs * (o->max_context + KM_MLA_PREFILL_TILE) >= INT32_MAX)
+		return km_fail(err, KM_ELIMIT, "on a GPU %d sequences of %d tokens are more than can be counted: fewer "
+		               "running requests or a shorter context", o->max_seqs, o->max_context);
 	return 0;
 }
 
