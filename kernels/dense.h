@@ -135,9 +135,6 @@ cudaError_t kk_count(const kk_count_args *args, cudaStream_t stream);
 /* to[row, col] = bf16(w[row, col]) */
 cudaError_t kk_dequantize(const km_weight *w, void *to, cudaStream_t stream);
 
-/* y[t] = bf16(x[t]) */
-cudaError_t kk_round(const float *x, void *y, size_t count, cudaStream_t stream);
-
 #ifdef __cplusplus
 }
 #endif

@@ -4,7 +4,7 @@
  * ROOFLINE
  *   Up to some 200 rows the weights' bytes are the bound: 2 bytes a bf16 weight, 1 an fp8 one. K2.5's
  *   projections at one row, bf16: q_a and kv_a 30 MB, q_b 38, o 117, head 2,349: 9.8, 12.2, 38, 758 us at
- *   H100's 3.10 TB/s, 6.3, 7.9, 24, 489 at H200's 4.8. Beyond, 2 flops a weight and row.
+ *   H100's 3.10 TB/s, 6.7, 8.4, 26, 522 at H200's 4.50. Beyond, 2 flops a weight and row.
  *
  * LADDER
  *   general   a warp an output, any type of weight and any shape; CUDA cores.

@@ -246,8 +246,7 @@ __device__ __forceinline__ void produce_fp8(const kk_mla_decode_args &a, const a
 
 /* A computing thread's place: which warpgroup, and which thread of it. */
 struct consumer {
-	char *smem;
-	uint32_t address; /* of smem */
+	uint32_t address; /* of shared memory, rounded up to 1,024 */
 	int group, thread;
 	float to_base2;   /* scores times this are exponents of 2 */
 };
@@ -463,7 +462,7 @@ __global__ void __launch_bounds__(CONSUMERS + producers(FP8), 1) attend(kk_mla_d
 		load_queries(a, r, aligned);
 		ptx_fence_async();
 		ptx_barrier_some(1, CONSUMERS); /* the queries are written */
-		consumer c = {aligned, smem, group, thread % 128, a.scale * MLA_LOG2E};
+		consumer c = {smem, group, thread % 128, a.scale * MLA_LOG2E};
 		consume(c, a, r);
 	}
 }

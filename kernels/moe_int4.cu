@@ -12,21 +12,21 @@
  *
  * LADDER (us, TP8, 384 experts, top 8)
  *   general  moe_general.cu: a warp a row, CUDA cores; any weights, any shape
- *   grouped  below; a tile of places of one expert, 8 to 64. H200 at 16 / 32 / 64 / 128 tokens: 99 / 190 / 232 /
- *            313 (floor at 4.5 TB/s 76 / 131 / 196 / 247), TP1 from 2 to 128: 105 / 202 / 427 / 711 / 1,265 / 1,866 /
- *            2,541 (87 / 170 / 328 / 607 / 1,043 / 1,562 / 1,971). H100, before 40 and 41 of TRIED: 147 / 242 / 344 /
+ *   grouped  below; a tile of places of one expert, 8 to 64. H200 at 16 / 32 / 64 / 128 tokens: 97 / 189 / 232 /
+ *            310 (floor at 4.5 TB/s 76 / 131 / 196 / 247), TP1 from 2 to 128: 106 / 200 / 422 / 730 / 1,232 / 1,882 /
+ *            2,547 (87 / 170 / 328 / 607 / 1,043 / 1,562 / 1,971). H100, before 40 and 41 of TRIED: 147 / 242 / 344 /
  *            437; TP1 159 / 300 / 545 / 992 / 1,670 / 2,478 / 3,128 (floor at 3.1 TB/s 126 to 2,862)
  *   decode   below; the down projection takes all experts at once and sums on chip; up to 64 places. H200 at 1 / 2 /
- *            4 / 8: 14.3 / 20.8 / 32.7 / 57.4 (floor 5.5 / 11 / 21 / 41; before 60 and 61 of TRIED 15.5 / 22.5 / 34.8 /
+ *            4 / 8: 14.3 / 20.9 / 32.9 / 57.8 (floor 5.5 / 11 / 21 / 41; before 60 and 61 of TRIED 15.5 / 22.5 / 34.8 /
  *            59.8); TP1 58 at 1. H100, before 40 and 41: 19.4 / 27.7 / 44.3 / 79.6; TP1 76.4. TRIED 35, 36, 60, 61.
  *   front    moe_front.cuh: up to 4 tokens the gate and the shared experts' down are part of the launch, which in a
  *            layer is two launches less: 1.1 us at one token. TRIED 62.
  *   prefill  moe_prefill.cu: warp-group matrix instructions, from 256 tokens. H200 at 256 / 512 / 1,024 / 2,048 /
- *            4,096: 399 / 409 / 468 / 605 / 904 (floor by bytes 264), TP1 2,474 / 2,819 / 3,212 / 4,116 / 6,320
+ *            4,096: 417 / 412 / 476 / 650 / 966 (floor by bytes 264), TP1 2,800 / 3,226 / 3,388 / 4,628 / 6,372
  *            (2,114). H100, before 43 of TRIED: 510 / 520 / 587 / 730 / 1,063; TP1 3,552 / 3,624 / 4,018 / 4,598 /
  *            6,603. TRIED 26, 29-34, 43-46.
- *   H100's and H200's are those of configs/bench/moe-tp*.json, the H100's beside the best rivals'; how far the H200's
- *   repeat is in that folder's README. TRIED has what is not here.
+ *   H200's, and H100's up to 128 tokens, are those of configs/bench/moe-tp*.json, the H100's beside the best rivals';
+ *   how far the H200's repeat is in that folder's README. TRIED has what is not here.
  *
  * HOW
  *   One block a multiprocessor; a warp fetches weights, a warp fetches activations, 8 or 16 multiply.

@@ -552,14 +552,6 @@ __device__ __forceinline__ uint32_t word_of(const uint4 &v, int i)
 	return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-/* (a & mask) | bits */
-__device__ __forceinline__ uint32_t ptx_and_or(uint32_t a, uint32_t mask, uint32_t bits)
-{
-	uint32_t d;
-	asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
-	return d;
-}
-
 __device__ __forceinline__ uint32_t ptx_shared_address(const void *p)
 {
 	return (uint32_t)__cvta_generic_to_shared(p);

@@ -91,23 +91,6 @@ cudaError_t kk_silu_mul(const kk_silu_mul_args *a, cudaStream_t stream)
 	              stream, *a);
 }
 
-__global__ void __launch_bounds__(THREADS)
-	round_to_bf16(const float *x, __nv_bfloat16 *y, size_t count)
-{
-	size_t step = (size_t)gridDim.x * THREADS;
-
-	ptx_release_successor();
-	ptx_wait_predecessor();
-	for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step)
-		y[i] = __float2bfloat16(x[i]);
-}
-
-cudaError_t kk_round(const float *x, void *y, size_t count, cudaStream_t stream)
-{
-	return launch(round_to_bf16, dim3(blocks_for(count)), THREADS, false, stream, x,
-	              (__nv_bfloat16 *)y, count);
-}
-
 __global__ void __launch_bounds__(THREADS) dequantize(km_weight w, __nv_bfloat16 *to)
 {
 	ptx_release_successor();

@@ -17,7 +17,6 @@
 typedef struct timing {
 	double start, first, last; /* of stream 0's events */
 	km_engine *engine;
-	km_engine_stats at_first;
 } timing;
 
 typedef struct bench_stream {

@@ -21,7 +21,7 @@ void km_roofline_of_cpu(int threads, km_roofline *roofline);
 
 /* The least time, in us, for so many bytes and flops; 0: not known. */
 double km_roofline_us(const km_roofline *roofline, double bytes, double flops);
-/* Appends both rates and where they are from: "4500 GB/s, 780 TFLOP/s (measured: ...)". */
+/* Appends both rates and where they are from: "4500 GB/s, 790 TFLOP/s (measured: ...)". */
 void km_roofline_describe(const km_roofline *roofline, km_buf *out);
 
 #endif

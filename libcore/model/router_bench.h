@@ -66,8 +66,7 @@ int km_router_bench_forms(const km_router_shape *shape, bool gpu, const char **f
 double km_router_bench_bytes(const km_router_shape *shape, const char *form);
 double km_router_bench_flops(const km_router_shape *shape, const char *form);
 
-/* The two halves. `row` has its tokens and form. */
-typedef struct km_router_bench km_router_bench;
+/* The two halves. */
 int km_router_bench_time_gpu(km_router_bench_report *report, const km_router_bench_options *options,
                              km_progress *progress, km_err *err);
 int km_router_bench_time_cpu(km_router_bench_report *report, const km_router_bench_options *options,

@@ -5,7 +5,6 @@ struct walk {
 	const km_config *c;
 	const km_layer_weights *w;
 	km_step_cost *costs;
-	double rows;
 	double cached, seen; /* of prompts: cached tokens, and those that its rows see, added up */
 };
 

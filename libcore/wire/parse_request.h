@@ -68,7 +68,7 @@ int km_parse_request_read_slowly(km_parse_request *request, const km_parse_defau
 void km_parse_request_feed(const km_parse_request *request, km_parser *parser, size_t from,
                            size_t to);
 
-/* "--parsers" and the like: "tool", "reasoning", "both". */
+/* "parsers" of a line: "tool", "reasoning", "both". */
 int km_parse_set_parsers(km_parser_options *options, const char *which, km_err *err);
 
 #endif

@@ -39,7 +39,6 @@ enum {
 	TOP_K = 8,
 	VOCAB = 20480,
 	PAGE = 16,
-	MOST_OPS = 16,
 };
 
 static km_cuda *gpu;
