@@ -68,6 +68,31 @@ setup() {
 	[ "$status" -eq 0 ]
 }
 
+@test "what the baseline does not have is named, and passes" {
+	kimi-bench-gate $SMALL --json >base.json 2>/dev/null
+	jq '.rows |= map(select(.form == "chain") | .us_median = 1000000)' base.json >part.json
+	run --separate-stderr kimi-bench-gate $SMALL --baseline part.json --max-regression 3%
+	[ "$status" -eq 0 ]
+	[[ $stderr == *"gate at 3 tokens: the baseline does not have it"* && $stderr != *"chain at"* ]]
+}
+
+@test "a bad baseline or plot is known before anything is timed" {
+	for bad in "--plot /nonexistent/x.svg" "--plot /" "--baseline /nonexistent"; do
+		run --separate-stderr timeout 5 kimi-bench-gate --tokens 20000,40000 $bad
+		[ "$status" -eq 1 ] || { echo "$bad: $status"; return 1; }
+		[[ $stderr == *"${bad#* }"* && -z $output ]]
+	done
+}
+
+@test "a plot to a pipe is written to it" {
+	mkfifo pipe
+	cat pipe >got.svg &
+	kimi-bench-gate $SMALL --plot pipe >/dev/null 2>&1
+	wait
+	[ -p pipe ]
+	grep -q '^</svg>$' got.svg
+}
+
 @test "a baseline of another shape or device is refused" {
 	kimi-bench-gate $SMALL --json >base.json 2>/dev/null
 	run --separate-stderr kimi-bench-gate $SMALL --top-k 3 --baseline base.json
@@ -100,7 +125,7 @@ setup() {
 
 @test "wrong usage: exit 2" {
 	for bad in "--tokens 0" "--tokens 1,x" "--experts 1025" "--max-regression 3%" "--json --csv" \
-		"--tune --json" "--explain --csv" "--baseline x --max-regression fast"; do
+		"--tune --json" "--tune --experts 256" "--tune --no-overlap" "--explain --csv" "--baseline x --max-regression fast"; do
 		run kimi-bench-gate $bad
 		[ "$status" -eq 2 ] || { echo "$bad: $status"; return 1; }
 	done

@@ -173,35 +173,80 @@ static int explain(const km_router_bench_options *o, km_buf *out, km_err *err)
 	return 0;
 }
 
+static void say(const km_buf *lines)
+{
+	if (lines->len)
+		fputs(lines->data, stderr);
+}
+
+static int draw(const km_router_bench_report *report, const char *path, km_err *err)
+{
+	km_buf svg = KM_BUF_INIT;
+	int rc;
+
+	km_router_report_svg(report, &svg);
+	rc = km_outfile_save(path, svg.data, svg.len, err);
+	km_buf_release(&svg);
+	return rc;
+}
+
+/* What can be wrong with the baseline and the plot's file is known before anything is timed. */
+static int check_files(const struct values *v, km_router_bench_report *report, km_err *err)
+{
+	km_buf missing = KM_BUF_INIT;
+	int rc = v->baseline ? km_router_report_compare(report, v->baseline, &missing, err) : 0;
+
+	if (rc == 0 && v->max_regression)
+		say(&missing);
+	km_buf_release(&missing);
+	return rc == 0 && v->plot ? km_outfile_check(v->plot, err) : rc;
+}
+
+static int report_times(const struct values *v, const km_router_bench_report *report, double allowed, km_buf *out,
+                        km_err *err)
+{
+	km_buf slower = KM_BUF_INIT;
+	int rc = 0;
+
+	if (v->json)
+		km_router_report_json(report, KM_COMMIT, out);
+	else if (v->csv)
+		km_router_report_csv(report, out);
+	else
+		km_router_report_table(report, out);
+	if (v->max_regression && km_router_report_regressions(report, allowed, &slower))
+		rc = 3;
+	say(&slower);
+	km_buf_release(&slower);
+	if (v->plot && draw(report, v->plot, err) < 0) { /* the times are printed all the same */
+		fprintf(stderr, "kimi-bench-gate: %s\n", err->msg);
+		rc = 1;
+	}
+	return rc;
+}
+
 static int bench(const struct values *v, const km_router_bench_options *o, double allowed, km_buf *out,
                  km_err *err)
 {
 	km_router_bench_report report;
-	km_buf slower = KM_BUF_INIT, plot = KM_BUF_INIT;
 	int rc;
 
 	if (!km_cuda_count(err))
 		fprintf(stderr, "kimi-bench-gate: %s; timing the CPU's forms\n", err->msg);
-	KM_TRY(km_router_bench_run(&report, o, err));
-	rc = v->baseline ? km_router_report_compare(&report, v->baseline, err) : 0;
-	if (rc == 0 && v->json)
-		km_router_report_json(&report, KM_COMMIT, out);
-	else if (rc == 0 && v->csv)
-		km_router_report_csv(&report, out);
-	else if (rc == 0)
-		km_router_report_table(&report, out);
-	if (rc == 0 && v->plot) {
-		km_router_report_svg(&report, &plot);
-		rc = km_outfile_save(v->plot, plot.data, plot.len, err);
-	}
-	if (rc == 0 && v->max_regression && km_router_report_regressions(&report, allowed, &slower)) {
-		fprintf(stderr, "%s", slower.data);
-		rc = 3;
-	}
-	km_buf_release(&slower);
-	km_buf_release(&plot);
+	KM_TRY(km_router_bench_open(&report, o, err));
+	rc = check_files(v, &report, err);
+	if (rc == 0)
+		rc = km_router_bench_run(&report, o, err);
+	if (rc == 0)
+		rc = report_times(v, &report, allowed, out, err);
 	km_router_bench_release(&report);
 	return rc;
+}
+
+static bool has_shape(const struct values *v)
+{
+	return v->model || v->experts || v->top_k || v->hidden || v->groups || v->topk_group || v->scoring || v->weights ||
+	       v->block;
 }
 
 static const char *conflict(const struct values *v)
@@ -210,7 +255,8 @@ static const char *conflict(const struct values *v)
 		return "--json and --csv exclude each other";
 	if (v->max_regression && !v->baseline)
 		return "--max-regression needs --baseline";
-	if (v->tune && (v->explain || v->json || v->csv || v->plot || v->baseline || v->model || v->tokens))
+	if (v->tune && (v->explain || v->json || v->csv || v->plot || v->baseline || v->tokens || v->no_overlap ||
+	                has_shape(v)))
 		return "--tune takes its shapes and token counts by itself, and prints a table of its own";
 	if (v->explain && (v->json || v->csv || v->plot || v->baseline))
 		return "--explain times nothing: --json, --csv, --plot and --baseline mean nothing with it";

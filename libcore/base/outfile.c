@@ -46,6 +46,28 @@ static char *target_of(const char *path)
 	return copy;
 }
 
+static bool can_be_opened(const char *path)
+{
+	struct stat st;
+	char *target;
+	bool can;
+
+	if (is_written_in_place(path))
+		return access(path, W_OK) == 0;
+	target = target_of(path);
+	can = stat(target, &st) < 0 || !S_ISDIR(st.st_mode);
+	if (!can)
+		errno = EISDIR;
+	can = can && access(dirname(target), W_OK | X_OK) == 0;
+	free(target);
+	return can;
+}
+
+int km_outfile_check(const char *path, km_err *err)
+{
+	return can_be_opened(path) ? 0 : km_fail(err, KM_EIO, "%s: cannot be created: %s", path, strerror(errno));
+}
+
 int km_outfile_open(km_outfile *out, const char *path, km_err *err)
 {
 	mode_t mask = umask(0);

@@ -17,6 +17,8 @@ typedef struct km_outfile {
 	char *path, *temp; /* temp NULL: written in place */
 } km_outfile;
 
+/* Whether it can be opened, as far as that shows without doing so: for those who have much to do first. */
+int km_outfile_check(const char *path, km_err *err);
 int km_outfile_open(km_outfile *out, const char *path, km_err *err);
 int km_outfile_write(km_outfile *out, const void *data, size_t bytes, km_err *err);
 int km_outfile_write_at(km_outfile *out, uint64_t offset, const void *data, size_t bytes,

@@ -267,15 +267,20 @@ static int describe_device(km_router_bench_report *r, km_err *err)
 	return 0;
 }
 
+int km_router_bench_open(km_router_bench_report *r, const km_router_bench_options *o, km_err *err)
+{
+	*r = (km_router_bench_report){ .gpu = km_cuda_count(NULL) > 0, .shape = o->shape };
+	r->overlap = r->gpu && o->overlap;
+	KM_TRY(describe_device(r, err));
+	plan_rows(r, o);
+	return 0;
+}
+
 int km_router_bench_run(km_router_bench_report *r, const km_router_bench_options *o, km_err *err)
 {
 	km_progress progress;
 	int rc;
 
-	*r = (km_router_bench_report){ .gpu = km_cuda_count(NULL) > 0, .shape = o->shape };
-	r->overlap = r->gpu && o->overlap;
-	KM_TRY(describe_device(r, err));
-	plan_rows(r, o);
 	km_progress_init(&progress, "timing", "forms", r->count, o->quiet);
 #if KM_CUDA
 	rc = r->gpu ? km_router_bench_time_gpu(r, o, &progress, err)

@@ -44,6 +44,9 @@ typedef struct km_router_bench_report {
 	int count;
 } km_router_bench_report;
 
+/* The device, the shape and the rows, without times; then the times. After a failure of either there is nothing to
+ * release. */
+int km_router_bench_open(km_router_bench_report *report, const km_router_bench_options *options, km_err *err);
 int km_router_bench_run(km_router_bench_report *report, const km_router_bench_options *options,
                         km_err *err);
 void km_router_bench_release(km_router_bench_report *report);

@@ -234,7 +234,7 @@ static double baseline_of(const json_t *rows, const km_router_bench_row *row)
 	return 0;
 }
 
-int km_router_report_compare(km_router_bench_report *r, const char *path, km_err *err)
+int km_router_report_compare(km_router_bench_report *r, const char *path, km_buf *missing, km_err *err)
 {
 	km_buf now = KM_BUF_INIT;
 	json_error_t error;
@@ -250,8 +250,12 @@ int km_router_report_compare(km_router_bench_report *r, const char *path, km_err
 	if (rc == 0)
 		rc = compare_field(was, is, "shape", path, err);
 	for (int i = 0; i < r->count && rc == 0; i++) {
-		r->rows[i].baseline_us = baseline_of(json_object_get(was, "rows"), &r->rows[i]);
-		matched += r->rows[i].baseline_us > 0;
+		km_router_bench_row *row = &r->rows[i];
+
+		row->baseline_us = baseline_of(json_object_get(was, "rows"), row);
+		matched += row->baseline_us > 0;
+		if (row->baseline_us <= 0)
+			km_buf_printf(missing, "%s at %d tokens: the baseline does not have it\n", row->form, row->tokens);
 	}
 	if (rc == 0 && !matched)
 		rc = km_fail(err, KM_EINVAL, "--baseline %s has none of this run's tokens and forms", path);
