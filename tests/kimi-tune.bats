@@ -211,6 +211,17 @@ file_of() {
 		run kimi-tune $bad
 		[ "$status" -eq 2 ] || { echo "$bad: $status"; return 1; }
 	done
+	for name in $'caf\xe9' "$(printf 'é%.0s' {1..140})"; do
+		run kimi-tune --dry-run --json --tokens 1 --device "$name"
+		[ "$status" -eq 2 ]
+	done
+}
+
+@test "hidden sizes that no small tile takes have candidates" {
+	for hidden in 256 768 1280 6400; do
+		run kimi-tune --dry-run --hidden $hidden --tokens 1,16,256
+		[ "$status" -eq 0 ] || { echo "$hidden: $status"; return 1; }
+	done
 }
 
 @test "the command line of SGLang's tuner" {

@@ -10,9 +10,10 @@
 
 #include "base/mem.h"
 #include "base/option.h"
+#include "base/utf8.h"
 #include "model/moe_search.h"
 
-enum { MAX_COUNTS = 256, EXIT_OK = 0, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK };
+enum { MAX_COUNTS = 256, MAX_NAME = 100, EXIT_OK = 0, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK };
 
 struct values {
 	int64_t experts, top_k, hidden, intermediate, group, tp, ep;
@@ -129,6 +130,11 @@ static int parse_tokens(const char *list, int *tokens, int *count, km_err *err)
 	}
 }
 
+static bool is_text(const char *s)
+{
+	return !s || km_utf8_valid(s, strlen(s), NULL);
+}
+
 static const char *conflict(const struct values *v)
 {
 	if (v->dry_run + v->explain + (v->check != NULL) > 1)
@@ -146,6 +152,10 @@ static const char *conflict(const struct values *v)
 		return "--explain prints sentences, not JSON";
 	if ((v->dry_run || v->explain) && v->resume)
 		return "--resume goes with tuning";
+	if (!is_text(v->device) || (v->device && strlen(v->device) > MAX_NAME))
+		return "--device is a name of up to 100 bytes of UTF-8";
+	if (v->json && !(is_text(v->output) && is_text(v->configs)))
+		return "--json names the file, so --output and --configs are UTF-8 with it";
 	return NULL;
 }
 
