@@ -93,8 +93,8 @@ cudaError_t kk_align(const kk_align_args *args, cudaStream_t stream);
 cudaError_t kk_gate_align(const kk_gate_args *gate, const kk_align_args *align, int warps,
                           cudaStream_t stream);
 
-/* Router GEMM with the weights in the registers of the whole GPU: bf16, hidden 7168, experts a
- * multiple of 16 up to 512 (compute capability 9.0 and later). */
+/* Router GEMM with the weights in the registers of the whole GPU: bf16, hidden 7168, 8 to 512
+ * experts (compute capability 9.0 and later). */
 cudaError_t kk_router_resident(const kk_router_args *args, cudaStream_t stream);
 /* Router GEMM with the columns split over clusters: bf16, hidden 7168, an even number of experts from 8
  * on (compute capability 9.0 alone). Tiles of tokens x experts: 64 x 32, 64 x 48, 64 x 64, 128 x 64. */

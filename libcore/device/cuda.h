@@ -5,7 +5,7 @@
  * it and never returned but by rewinding to a mark. Work is enqueued on the one stream and awaited
  * only by km_cuda_wait, the downloads and the timers. Between capture_begin and capture_end
  * enqueued work is recorded instead of run; nothing may be awaited then. A CUDA error is KM_EDEVICE
- * and sticky: close. One thread at a time.
+ * and sticky: close; no memory is KM_ENOMEM, and passes. One thread at a time.
  *
  * A build without CUDA, and one with it on a machine that has no GPU, have km_cuda_count say 0 and
  * why.

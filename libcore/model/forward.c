@@ -1,10 +1,11 @@
 /*
  * One step: embedding, layers, head, for either backend (model/forward.h has what a backend does).
  *
- * The stream of hidden states is updated in one place only, the norm that opens the next block: it
+ * On a CPU the stream of hidden states is updated in one place only, the norm that opens the next block: it
  * adds the last block's output ("delta") to the stream and normalises the sum in one pass.
  * Everything else writes buffers of its own. Routed and shared experts meet in delta: the shared
- * ones are written there, the routed sum (times routed_scaling_factor, in f32) is added.
+ * ones are written there, the routed sum (times routed_scaling_factor, in f32) is added. On a GPU what makes a
+ * block's output adds it to the stream itself.
  *
  * Of the last layer most prompt rows matter only to the KV cache. Once that is written, the rows
  * whose logits are wanted (and the decoding ones) move together, and all that follows sees only
