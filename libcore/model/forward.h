@@ -23,7 +23,8 @@ typedef struct km_steps {
 	 * form, whole or in pieces. */
 	int (*replay)(km_model *m, const km_batch *batch, km_run_steps *run, km_err *err);
 	int (*embed)(km_model *m, const km_batch *batch, km_err *err); /* the stream */
-	/* stream += delta (on a GPU it has been added), but for the first layer; norm; latent and rotated key into the cache. */
+	/* stream += delta (on a GPU it has been added), but for the first layer; norm; latent and rotated key
+	 * into the cache. */
 	int (*project)(km_model *m, int layer, const km_batch *batch, km_err *err);
 	/* Only the rows m->kept.from of the stream go on, as rows of `kept`. */
 	int (*keep)(km_model *m, const km_batch *kept, km_err *err);
