@@ -251,6 +251,54 @@ static void calls_that_the_engine_found_are_renumbered(void **state)
 	      " 0:functions.a:2:{}", "other");
 }
 
+#define CALLS(list) DELTA("\"tool_calls\":[" list "]")
+#define MORE(members, arguments) "{" members "\"function\":{\"arguments\":\"" arguments "\"}}"
+#define NAMED(members, name, arguments)                                                            \
+	"{" members "\"function\":{\"name\":\"" name "\",\"arguments\":\"" arguments "\"}}"
+#define ID(id) "\"id\":\"" id "\","
+#define FIRST "\"index\":0,"
+
+static void calls_without_an_index_are_told_apart(void **state)
+{
+	static const char two[] = " 0:functions.f:2:{} 1:functions.g:3:[]";
+
+	(void)state;
+	/* By their ids, in one delta or each in its own; what has no id goes on with the last. */
+	check(CALLS(NAMED(ID("a"), "f", "{}") "," NAMED(ID("b"), "g", "["))
+	              CALLS(NAMED(ID(""), "", "]")) FINISH("tool_calls") DONE,
+	      "", "", two, "tool_calls");
+	check(CALLS(NAMED(ID("a"), "f", "")) CALLS(NAMED(ID("a"), "f", "{}"))
+	              CALLS(NAMED("\"index\":null," ID("b"), "g", "[]")) FINISH("tool_calls") DONE,
+	      "", "", two, "tool_calls");
+	/* By their names, and then by their places. */
+	check(CALLS(NAMED("", "f", "{}")) CALLS(NAMED("", "g", "[]")) FINISH("tool_calls") DONE, "",
+	      "", two, "tool_calls");
+	check(CALLS(NAMED("", "f", "") "," NAMED("", "f", ""))
+	              CALLS(MORE("", "1") "," MORE("", "2")) FINISH("tool_calls") DONE,
+	      "", "", " 0:functions.f:2: 1:functions.f:3:12", "tool_calls");
+}
+
+static void a_call_is_given_when_its_name_comes(void **state)
+{
+	static const char nameless[] = CALLS(MORE(FIRST ID("a"), "{}")) FINISH("tool_calls") DONE;
+	struct client c;
+	km_err err;
+
+	(void)state;
+	check(CALLS(MORE(FIRST ID("a"), "{")) CALLS(NAMED(FIRST, "f", "\\\"x\\\":"))
+	              CALLS(MORE(FIRST, "1}")) FINISH("tool_calls") DONE,
+	      "", "", " 0:functions.f:2:{\"x\":1}", "tool_calls");
+	check(CALLS("{\"id\":\"a\"},{\"id\":\"b\"}")
+	              CALLS(NAMED("", "f", "{}") "," NAMED("", "g", "[]")) FINISH("tool_calls")
+	                      DONE,
+	      "", "", " 0:functions.f:2:{} 1:functions.g:3:[]", "tool_calls");
+	assert_int_equal(repaired(nameless, strlen(nameless), 9, &both, &c, &err), KM_EFORMAT);
+	assert_non_null(strstr(err.msg, "without a name"));
+	assert_string_equal(c.calls.data, "");
+	assert_string_equal(c.finish, "stop");
+	client_release(&c);
+}
+
 static void completions_become_chat(void **state)
 {
 	(void)state;
@@ -384,6 +432,8 @@ int main(void)
 		cmocka_unit_test(leaked_markers_become_calls),
 		cmocka_unit_test(reasoning_that_the_engine_found_is_kept),
 		cmocka_unit_test(calls_that_the_engine_found_are_renumbered),
+		cmocka_unit_test(calls_without_an_index_are_told_apart),
+		cmocka_unit_test(a_call_is_given_when_its_name_comes),
 		cmocka_unit_test(completions_become_chat),
 		cmocka_unit_test(what_is_beside_the_text_is_handed_on),
 		cmocka_unit_test(choices_are_kept_apart),

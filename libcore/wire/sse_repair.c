@@ -18,11 +18,20 @@ void km_sse_repair_init(km_sse_repair *r, const km_parser_options *options, size
 	km_sse_reader_init(&r->reader, max_bytes, on_event, r);
 }
 
+static void release_calls(km_sse_choice *choice)
+{
+	for (int i = 0; i < choice->call_count; i++) {
+		free(choice->calls[i].id);
+		km_buf_release(&choice->calls[i].held);
+	}
+	free(choice->calls);
+}
+
 void km_sse_repair_release(km_sse_repair *r)
 {
 	for (int i = 0; i < KM_SSE_REPAIR_MAX_CHOICES; i++) {
 		km_parser_free(r->choices[i].parser);
-		free(r->choices[i].calls);
+		release_calls(&r->choices[i]);
 		km_buf_release(&r->choices[i].id);
 	}
 	json_decref(r->envelope);
@@ -164,52 +173,108 @@ static void take_reasoning(km_sse_choice *choice, const json_t *text)
 	km_parser_bytes(choice->parser, json_string_value(text), json_string_length(text));
 }
 
-/* Our index for the engine's call, taking one where it is new. */
-static int native_index(km_sse_choice *choice, json_int_t theirs, bool *is_new)
+/* NULL for what is not there or empty: some engines repeat a call's id and name as "". */
+static const char *filled(const json_t *object, const char *key)
 {
-	*is_new = false;
-	if (theirs < 0 || theirs > 4096)
-		return -1;
-	while (theirs >= choice->call_count) {
-		choice->calls = km_xreallocarray(choice->calls, (size_t)choice->call_count + 1,
-		                                 sizeof(*choice->calls));
-		choice->calls[choice->call_count++] = -1;
-	}
-	if (choice->calls[theirs] < 0) {
-		choice->calls[theirs] = km_parser_take_call(choice->parser);
-		*is_new = true;
-	}
-	return choice->calls[theirs];
+	const char *s = json_string_value(json_object_get(object, key));
+
+	return s && *s ? s : NULL;
 }
 
-static void take_call(km_sse_choice *choice, const json_t *call)
+/* Which of the engine's calls the `at`-th of a delta's `count` is a part of. Without an index, an
+ * id that is new opens a call, and so does a name where there is one already; what has neither goes
+ * on with the last call or, where the delta has several, with the one in its place. */
+static json_int_t place_of(const km_sse_choice *choice, const json_t *call, size_t at, size_t count)
 {
-	km_sse_repair *r = choice->repair;
-	const json_t *function = json_object_get(call, "function");
-	const json_t *arguments = json_object_get(function, "arguments");
-	const char *name = json_string_value(json_object_get(function, "name"));
-	km_parser_event event = { .kind = KM_PARSED_ARGUMENTS };
-	bool is_new;
+	const json_t *index = json_object_get(call, "index");
+	const char *id = filled(call, "id");
+	int place = count > 1 ? (int)at : choice->call_count - (choice->call_count > 0);
 
-	event.call_index =
-		native_index(choice, json_integer_value(json_object_get(call, "index")), &is_new);
+	if (json_is_integer(index))
+		return json_integer_value(index);
+	for (int i = 0; id && i < choice->call_count; i++) {
+		if (choice->calls[i].id && !strcmp(choice->calls[i].id, id))
+			return i;
+	}
+	if (id || (filled(json_object_get(call, "function"), "name") &&
+	           place < choice->call_count && choice->calls[place].index >= 0))
+		return choice->call_count;
+	return place;
+}
+
+/* The engine's call in that place, made where it is new; NULL: out of range. */
+static km_sse_call *call_at(km_sse_choice *choice, json_int_t place)
+{
+	if (place < 0 || place > 4096)
+		return NULL;
+	while (place >= choice->call_count) {
+		km_sse_call *call;
+
+		choice->calls = km_xreallocarray(choice->calls, (size_t)choice->call_count + 1,
+		                                 sizeof(*choice->calls));
+		call = &choice->calls[choice->call_count++];
+		*call = (km_sse_call){ .index = -1 };
+		km_buf_init(&call->held, KM_PARSER_INFER_MAX);
+	}
+	return &choice->calls[place];
+}
+
+/* A call's first chunk, with the arguments that came before its name. */
+static void give_call(km_sse_choice *choice, km_sse_call *call, const char *name)
+{
+	km_parser_event event = { .kind = KM_PARSED_CALL, .name = name };
+
+	call->index = event.call_index = km_parser_take_call(choice->parser);
+	event.text = call->held.len ? call->held.data : "";
+	event.len = call->held.len;
+	km_buf_clear(&choice->id);
+	km_buf_printf(&choice->id, "functions.%s:%d", name,
+	              choice->repair->parser.history_tool_calls + event.call_index);
+	event.id = choice->id.data;
+	on_parsed(choice, &event);
+	km_buf_release(&call->held);
+}
+
+static void take_call(km_sse_choice *choice, const json_t *value, size_t at, size_t count)
+{
+	const json_t *function = json_object_get(value, "function");
+	const json_t *arguments = json_object_get(function, "arguments");
+	const char *id = filled(value, "id"), *name = filled(function, "name");
+	km_sse_call *call = call_at(choice, place_of(choice, value, at, count));
+	km_parser_event event = { .kind = KM_PARSED_ARGUMENTS };
+
+	if (!call) {
+		remember(choice->repair, "the stream has a tool call with an index out of range");
+		return;
+	}
+	if (id && !call->id)
+		call->id = km_xstrdup(id);
+	event.call_index = call->index;
 	event.text = json_is_string(arguments) ? json_string_value(arguments) : "";
 	event.len = json_string_length(arguments);
-	if (event.call_index < 0) {
-		remember(r, "the stream has a tool call with an index out of range");
+	if (call->index >= 0) {
+		if (event.len)
+			on_parsed(choice, &event);
 		return;
 	}
-	if (is_new && name) {
-		event.kind = KM_PARSED_CALL;
-		event.name = name;
-		km_buf_clear(&choice->id);
-		km_buf_printf(&choice->id, "functions.%s:%d", name,
-		              r->parser.history_tool_calls + event.call_index);
-		event.id = choice->id.data;
-	} else if (!event.len) {
-		return;
+	km_buf_append(&call->held, event.text, event.len);
+	if (call->held.overflow)
+		remember(choice->repair, "the stream has a tool call whose name comes too late");
+	if (name)
+		give_call(choice, call, name);
+}
+
+/* A call that never got a name cannot be given. */
+static void check_names(km_sse_choice *choice)
+{
+	for (int i = 0; i < choice->call_count; i++) {
+		const km_sse_call *call = &choice->calls[i];
+
+		if (call->index >= 0 || (!call->id && !call->held.len))
+			continue;
+		remember(choice->repair, "the stream has a tool call without a name");
+		on_mended(choice, "the engine's call has no name", call->held.data, call->held.len);
 	}
-	on_parsed(choice, &event);
 }
 
 static void take_delta(km_sse_choice *choice, const json_t *delta)
@@ -230,7 +295,7 @@ static void take_delta(km_sse_choice *choice, const json_t *delta)
 	take_reasoning(choice, reasoning);
 	take_content(choice, json_object_get(delta, "content"));
 	json_array_foreach((json_t *)calls, i, call)
-		take_call(choice, call);
+		take_call(choice, call, i, json_array_size(calls));
 	rest = json_copy((json_t *)delta);
 	for (i = 0; i < sizeof(known) / sizeof(*known); i++)
 		json_object_del(rest, known[i]);
@@ -257,6 +322,7 @@ static void finish_choice(km_sse_choice *choice, const char *engine)
 		return;
 	choice->finished = true;
 	km_parser_finish(choice->parser);
+	check_names(choice);
 	calls = km_parser_calls(choice->parser);
 	if (!strcmp(engine, "tool_calls") || !strcmp(engine, "function_call"))
 		engine = "stop";

@@ -4,14 +4,15 @@
  * Bytes of the stream go in as they come, corrected bytes are appended to `out` at once. Each
  * choice has a parser of its own. Text, wherever the engine put it (content, reasoning_content,
  * reasoning, or a completion's text), goes through it; tool calls that the engine did find keep
- * their place among the others and get the ids that the model's next turn needs. Everything else of
- * a chunk (id, model, usage, logprobs, keys of the delta that are not known here) is handed on. The
- * finish reason is corrected: tool_calls exactly when there is a call and the engine stopped by
- * itself.
+ * their place among the others and get the ids that the model's next turn needs. They are told
+ * apart by `index` or, from engines that send none, by id and name; a call is given when its name
+ * comes. Everything else of a chunk (id, model, usage, logprobs, keys of the delta that are not
+ * known here) is handed on. The finish reason is corrected: tool_calls exactly when there is a call
+ * and the engine stopped by itself.
  *
  * km_sse_repair_end says with KM_EFORMAT that the stream was cut (no [DONE]), or carried a chunk
- * that could not be read or an error of the server's; the output then holds what was certain, and
- * no more.
+ * that could not be read, a call without a name or an error of the server's; the output then holds
+ * what was certain, and no more.
  */
 #ifndef KM_WIRE_SSE_REPAIR_H
 #define KM_WIRE_SSE_REPAIR_H
@@ -25,15 +26,21 @@
 
 enum { KM_SSE_REPAIR_MAX_CHOICES = 128 };
 
+typedef struct km_sse_call {
+	char *id;    /* owned: the engine's, or NULL */
+	km_buf held; /* arguments that came before the name */
+	int index;   /* ours, or -1: not named yet, so not given */
+} km_sse_call;
+
 typedef struct km_sse_choice {
 	km_parser *parser; /* NULL: not seen yet */
 	struct km_sse_repair *repair;
 	int index;
 	bool native_reasoning; /* the engine's last delta was its reasoning field */
 	bool any_text, role_sent, finished;
-	int *calls;     /* [call_count]: our index of the engine's i-th call, or -1 */
+	km_sse_call *calls; /* [call_count]: those that the engine found */
 	int call_count;
-	km_buf id;      /* scratch */
+	km_buf id;          /* scratch */
 } km_sse_choice;
 
 typedef struct km_sse_repair {
