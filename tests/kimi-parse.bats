@@ -337,6 +337,13 @@ chunk() {
 	[ "$(grep -cE 'DONE|finish_reason":"' out)" -eq 0 ]
 }
 
+@test "a stream that lost the newlines at its end is whole" {
+	{ chunk "whole" '"stop"'; printf 'data: [DONE]'; } >in
+	kimi-parse --sse --strict in >out
+	[ "$(tail -n 2 out | head -n 1)" = 'data: [DONE]' ]
+	[ -z "$(tail -n 1 out)" ]
+}
+
 @test "errors in a stream are handed on, status 1" {
 	printf 'data: {"error":{"message":"out of memory"}}\n\ndata: [DONE]\n\n' >in
 	kimi-parse --sse in >out 2>err || status=$?

@@ -174,7 +174,7 @@ static int repaired(const char *stream, size_t len, size_t step, const km_parser
 		assert_int_equal(km_sse_repair_push(repair, stream + at,
 		                                    len - at < step ? len - at : step, &out, err),
 		                 0);
-	rc = km_sse_repair_end(repair, err);
+	rc = km_sse_repair_end(repair, &out, err);
 	km_sse_repair_release(repair);
 	km_sse_reader_init(&reader, 0, client_event, c);
 	assert_int_equal(km_sse_reader_push(&reader, out.data, out.len, err), 0);
@@ -366,15 +366,39 @@ static void cut_streams_say_so(void **state)
 	for (size_t len = 0; len < sizeof(stream) - 1; len++) {
 		int rc = repaired(stream, len, 64, &both, &c, &err);
 
-		/* the last newline ends the event's line, and the one before it */
-		if (len < sizeof(stream) - 2) {
-			assert_int_equal(rc, KM_EFORMAT);
+		/* but for the newlines at its end the stream is whole */
+		assert_int_equal(rc, len < sizeof(stream) - 3 ? KM_EFORMAT : 0);
+		assert_int_equal(c.done, !rc);
+		if (rc) {
 			assert_non_null(strstr(err.msg, "ends without [DONE]"));
 		}
 		if (len >= first) {
 			assert_string_equal(c.content.data, "sure, ");
 			assert_string_equal(c.calls.data, " 0:functions.f:2:{\"a\": 1");
 		}
+		client_release(&c);
+	}
+}
+
+#define WHOLE DELTA("\"content\":\"a\"") FINISH("stop")
+
+static void a_done_that_lost_its_newlines_is_taken(void **state)
+{
+	static const char *const whole[] = { WHOLE "data: [DONE]", WHOLE "data:[DONE]",
+		                             WHOLE "data: [DONE]\n", WHOLE "data: [DONE]\r",
+		                             WHOLE "data: [DONE]\r\n" };
+	static const char *const cut[] = { WHOLE "data: [DONE", WHOLE "[DONE]",
+		                           WHOLE "data: b\ndata: [DONE]",
+		                           WHOLE "data: [DONE]\ndata: b" };
+	struct client c;
+	km_err err;
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(whole) / sizeof(*whole); i++)
+		check(whole[i], "a", "", "", "stop");
+	for (size_t i = 0; i < sizeof(cut) / sizeof(*cut); i++) {
+		assert_int_equal(repaired(cut[i], strlen(cut[i]), 9, &both, &c, &err), KM_EFORMAT);
+		assert_false(c.done);
 		client_release(&c);
 	}
 }
@@ -438,6 +462,7 @@ int main(void)
 		cmocka_unit_test(what_is_beside_the_text_is_handed_on),
 		cmocka_unit_test(choices_are_kept_apart),
 		cmocka_unit_test(cut_streams_say_so),
+		cmocka_unit_test(a_done_that_lost_its_newlines_is_taken),
 		cmocka_unit_test(errors_in_the_stream_are_remembered),
 		cmocka_unit_test(text_that_is_not_utf8_is_replaced),
 		cmocka_unit_test(with_the_reasoning_parser_off),

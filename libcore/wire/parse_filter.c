@@ -445,29 +445,26 @@ int km_parse_filter_sse(km_parse_filter *f, km_err *err)
 	char *block = km_xmalloc(BLOCK);
 	km_buf out = KM_BUF_INIT;
 	size_t got = 1;
-	int rc = 0;
+	int rc = 0, written;
+	km_err closed;
 
 	options.on_repair = on_repair;
 	options.ctx = &notes;
 	km_sse_repair_init(repair, &options, f->max_bytes);
 	while (!rc && got) {
 		rc = read_some(f, block, BLOCK, &got, err);
-		if (!rc)
+		if (!rc && got)
 			rc = km_sse_repair_push(repair, block, got, &out, err);
-		/* what was certain before a bad event goes out first */
-		if (!rc || rc == KM_ELIMIT) {
-			km_err closed;
-			int written = write_all(f, &out, &closed);
-
-			if (written) {
-				*err = closed;
-				rc = written;
-			}
+		else if (!rc)
+			rc = km_sse_repair_end(repair, &out, err);
+		/* what was certain goes out, whatever was wrong after it */
+		written = write_all(f, &out, &closed);
+		if (written) {
+			*err = closed;
+			rc = written;
 		}
 	}
 	notes_flush(&notes);
-	if (!rc)
-		rc = km_sse_repair_end(repair, err);
 	km_sse_repair_release(repair);
 	free(repair);
 	free(block);

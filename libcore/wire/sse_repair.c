@@ -427,8 +427,26 @@ int km_sse_repair_push(km_sse_repair *r, const char *bytes, size_t len, km_buf *
 	return km_sse_reader_push(&r->reader, bytes, len, err);
 }
 
-int km_sse_repair_end(km_sse_repair *r, km_err *err)
+/* Did the end of input cut no more than newlines off [DONE]? Of no other event is that sure. */
+static bool ends_at_done(const km_sse_reader *reader)
 {
+	static const char *const tails[] = { "data: [DONE]", "data:[DONE]" };
+	const km_buf *line = &reader->line, *data = &reader->data;
+
+	if (reader->has_data)
+		return !line->len && data->len == 6 && !memcmp(data->data, "[DONE]", 6);
+	for (size_t i = 0; i < sizeof(tails) / sizeof(*tails); i++) {
+		if (line->len == strlen(tails[i]) && !memcmp(line->data, tails[i], line->len))
+			return true;
+	}
+	return false;
+}
+
+int km_sse_repair_end(km_sse_repair *r, km_buf *out, km_err *err)
+{
+	r->out = out;
+	if (ends_at_done(&r->reader))
+		KM_TRY(km_sse_reader_push(&r->reader, "\n\n", 2, err));
 	if (r->first.code)
 		return km_fail(err, r->first.code, "%s", r->first.msg);
 	if (!r->done)

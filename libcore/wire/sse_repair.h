@@ -46,7 +46,7 @@ typedef struct km_sse_choice {
 typedef struct km_sse_repair {
 	km_parser_options parser; /* for each choice; on_repair and its ctx are the caller's */
 	void *repair_ctx;
-	km_buf *out;              /* borrowed during a push */
+	km_buf *out;              /* borrowed during a call */
 	km_sse_reader reader;
 	km_sse_choice choices[KM_SSE_REPAIR_MAX_CHOICES];
 	json_t *envelope;         /* of the chunk at hand: all of it but the choices */
@@ -62,6 +62,7 @@ void km_sse_repair_release(km_sse_repair *repair);
 
 int km_sse_repair_push(km_sse_repair *repair, const char *bytes, size_t len, km_buf *out,
                        km_err *err);
-int km_sse_repair_end(km_sse_repair *repair, km_err *err);
+/* End of input. A [DONE] that lost the newlines after it, as in a log, is taken all the same. */
+int km_sse_repair_end(km_sse_repair *repair, km_buf *out, km_err *err);
 
 #endif

@@ -24,7 +24,7 @@ static void repair(const char *s, size_t n, size_t step, km_buf *out)
 		if (km_sse_repair_push(r, s + at, n - at < step ? n - at : step, out, &err) < 0)
 			break;
 	}
-	km_sse_repair_end(r, &err);
+	km_sse_repair_end(r, out, &err);
 	km_sse_repair_release(r);
 	free(r);
 }
