@@ -239,6 +239,14 @@ wait_lines() {
 	[ "$(jq -r .content out | tail -n 1)" = "x�" ]
 }
 
+@test "--jsonl takes numbers of any size, and --strict says where NaN was" {
+	printf '{"text":"a","id":18446744073709551615}\n{"text":"b","x":NaN,"y":1e999}\n' >in
+	kimi-parse --jsonl --strict in >out 2>err || status=$?
+	[ "$status" -eq 3 ]
+	[ "$(jq -r .content out | tr '\n' ' ')" = 'a b ' ]
+	[ "$(cat err)" = 'kimi-parse: line 2: NaN or Infinity is read as null' ]
+}
+
 @test "--strict is silent about what is well formed" {
 	printf '%s' "<think>a</think>b ${SECTION} ${B}functions.f:0${A}{}${C}
 ${B}functions.g:1${A}{}${C}${END}" >in
@@ -309,6 +317,26 @@ chunk() {
 	[ "$(grep -c '<|' out)" -eq 0 ]
 	run kimi-parse --sse --strict in
 	[ "$status" -eq 0 ]
+}
+
+@test "--sse hands numbers on as they were written; what JSON does not have is null" {
+	printf 'data: %s\n\ndata: [DONE]\n\n' '{"seed":18446744073709551615,"choices":[{"index":0,"delta":{"content":"a"},"logprobs":{"v":[-1e400,0]},"finish_reason":"stop"}]}' >in
+	kimi-parse --sse --strict in >out
+	[ "$(grep -c '"seed":18446744073709551615,' out)" -eq "$(grep -c '^data: {' out)" ]
+	grep -qF '"logprobs":{"v":[-1e400,0]}' out
+	grep -q '"content":"a"' out
+	sed 's/-1e400/-Infinity/' in | kimi-parse --sse --strict >out 2>err || status=$?
+	[ "$status" -eq 3 ]
+	grep -qF '"logprobs":{"v":[null,0]}' out
+	grep -q '"content":"a"' out
+	grep -q 'NaN or Infinity is given as null' err
+}
+
+@test "a choice's index that no integer holds is out of range" {
+	printf 'data: {"choices":[{"index":18446744073709551615,"delta":{"content":"a"}}]}\n\n' >in
+	run kimi-parse --sse in
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"index out of range"* ]]
 }
 
 @test "--sse writes each delta while the stream still runs" {

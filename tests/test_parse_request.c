@@ -84,6 +84,12 @@ static const char *const refused[][2] = {
 	{ "{\"text\":\"a\tb\"}", "not JSON" },
 	{ "{\"text\":\"\\x\"}", "not JSON" },
 	{ "{\"text\":\"\\ud8zz\"}", "not JSON" },
+	{ "{\"text\":18446744073709551615}", "\"text\" must be a string" },
+	{ "{\"text\":\"a\",\"history_tool_calls\":1e999}", "\"history_tool_calls\"" },
+	{ "{\"text\":\"a\",\"x\":018446744073709551615}", "not JSON" },
+	{ "{\"text\":\"a\",\"x\":1e999.5}", "not JSON" },
+	{ "{\"text\":\"a\",\"x\":-NaN}", "not JSON" },
+	{ "{\"text\":\"a\",\"x\":nan}", "not JSON" },
 };
 
 static void wrong_lines_are_refused_with_a_sentence(void **state)
@@ -136,6 +142,56 @@ static void ill_formed_text_is_replaced_and_counted(void **state)
 	km_parse_request_release(&r);
 }
 
+/* Numbers of any size are JSON, and NaN is what some engines write all the same. */
+static void other_members_may_hold_any_number(void **state)
+{
+	static const char *const lines[][2] = {
+		{ "{\"text\":\"a\",\"x\":18446744073709551615}", "" },
+		{ "{\"x\":[-1e400,1E+999,{\"y\":9223372036854775808}],\"text\":\"a\"}", "" },
+		{ "{\"text\":\"a\",\"x\":NaN,\"y\":1e999}", "x" },
+		{ "{\"text\":\"a\",\"x\":-Infinity}", "x" },
+	};
+	km_parse_request r;
+	km_err err;
+
+	(void)state;
+	km_parse_request_init(&r);
+	for (size_t i = 0; i < sizeof(lines) / sizeof(*lines); i++) {
+		assert_int_equal(km_parse_request_read(&r, &defaults, lines[i][0],
+		                                       strlen(lines[i][0]), &err),
+		                 0);
+		assert_string_equal(r.text.data, "a");
+		assert_int_equal(r.nan_count, strlen(lines[i][1]));
+	}
+	km_parse_request_release(&r);
+}
+
+static void numbers_are_written_as_they_were_read(void **state)
+{
+	static const char *const values[] = {
+		"18446744073709551615",
+		"[-9223372036854775809,9223372036854775807,1234567890123456789,7,-0.5]",
+		"{\"a\":1e400,\"b\":[-1.25E+4000,1e300,\"1e400 \\\"1e401\"],\"1e402\":null}",
+		"[1e400,1e300,-1e300,1.7976931348623157e308,1e400]",
+	};
+	km_json_odd odd = { 0 };
+	km_buf out = KM_BUF_INIT;
+	json_error_t error;
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(values) / sizeof(*values); i++) {
+		json_t *value = km_json_load(values[i], strlen(values[i]), &error, &odd);
+
+		assert_non_null(value);
+		km_buf_clear(&out);
+		km_json_write(&out, value, &odd);
+		assert_string_equal(out.data, values[i]);
+		json_decref(value);
+	}
+	km_buf_release(&odd.wide);
+	km_buf_release(&out);
+}
+
 static const char *const pieces[] = {
 	"{\"text\":\"",
 	"{\"text\" : \"",
@@ -162,6 +218,8 @@ static const char *const pieces[] = {
 	",\"tools\":[]",
 	",\"text\":\"b\"",
 	",\"x\":{\"y\":[1,2]}",
+	",\"x\":18446744073709551615",
+	",\"x\":[-1e999,NaN]",
 	"plain text of some length",
 	"<|tool_call_begin|>",
 	"\\n",
@@ -302,6 +360,8 @@ int main(void)
 		cmocka_unit_test(lines_are_read),
 		cmocka_unit_test(wrong_lines_are_refused_with_a_sentence),
 		cmocka_unit_test(ill_formed_text_is_replaced_and_counted),
+		cmocka_unit_test(other_members_may_hold_any_number),
+		cmocka_unit_test(numbers_are_written_as_they_were_read),
 		cmocka_unit_test(both_readers_agree),
 		cmocka_unit_test(strings_survive_the_round_trip),
 	};

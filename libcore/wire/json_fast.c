@@ -1,9 +1,12 @@
 #include "wire/json_fast.h"
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
+#include "base/err.h"
 #include "base/utf8.h"
 
 #define EACH UINT64_C(0x0101010101010101)
@@ -242,7 +245,7 @@ static size_t escape_length(const char *s, size_t n, bool *lone)
 }
 
 /* A copy that jansson can read: U+FFFD for ill-formed UTF-8 and for lone surrogates. */
-static void sanitize(const char *s, size_t n, km_buf *out, size_t *bad_count, size_t *bad_at)
+static void sanitize(const char *s, size_t n, km_buf *out, km_json_odd *odd)
 {
 	for (size_t i = 0, len; i < n; i += len) {
 		uint32_t cp = km_utf8_decode(s + i, n - i, &len);
@@ -254,25 +257,166 @@ static void sanitize(const char *s, size_t n, km_buf *out, size_t *bad_count, si
 			km_buf_append(out, s + i, len);
 			continue;
 		}
-		if (!(*bad_count)++)
-			*bad_at = i;
+		if (!odd->bad_count++)
+			odd->bad_at = i;
 		km_buf_puts(out, s[i] == '\\' ? "\\ufffd" : "\xef\xbf\xbd");
 	}
 }
 
-json_t *km_json_load(const char *s, size_t n, json_error_t *error, size_t *bad_count,
-                     size_t *bad_at)
+/* The length of the string at s[0] == '"', quotes included. */
+static size_t string_length(const char *s, const char *end)
+{
+	const char *at = s + 1;
+
+	for (; at < end && *at != '"'; at++)
+		at += *at == '\\' && at + 1 < end;
+	return (size_t)((at < end ? at + 1 : end) - s);
+}
+
+static size_t digits_length(const char *s, const char *end)
+{
+	const char *at = s;
+
+	while (at < end && *at >= '0' && *at <= '9')
+		at++;
+	return (size_t)(at - s);
+}
+
+/* The length of the number at s, by RFC 8259's grammar; 0: there is none. */
+static size_t number_length(const char *s, const char *end)
+{
+	const char *at = s + (*s == '-');
+	size_t n = digits_length(at, end);
+
+	if (!n || (*at == '0' && n > 1))
+		return 0;
+	at += n;
+	if (at < end && *at == '.') {
+		n = digits_length(++at, end);
+		if (!n)
+			return 0;
+		at += n;
+	}
+	if (at < end && (*at == 'e' || *at == 'E')) {
+		at++;
+		at += at < end && (*at == '+' || *at == '-');
+		n = digits_length(at, end);
+		if (!n)
+			return 0;
+		at += n;
+	}
+	return (size_t)(at - s);
+}
+
+/* Of a number: is it more than 64 bits or a double hold? It may be less, but all from 1e200 on are
+ * wide, so that no other is taken for a stand-in. */
+static bool is_wide(const char *s, size_t n)
+{
+	const char *e = memchr(s, 'e', n);
+
+	if (!e)
+		e = memchr(s, 'E', n);
+	if (!e && !memchr(s, '.', n))
+		return n >= 19;
+	return n >= 100 || (e && s + n - e > 3 && e[1] != '-');
+}
+
+static size_t nan_length(const char *s, const char *end)
+{
+	static const char *const words[] = { "NaN", "Infinity", "-Infinity" };
+
+	for (size_t i = 0; i < sizeof(words) / sizeof(*words); i++) {
+		size_t n = strlen(words[i]);
+
+		if ((size_t)(end - s) >= n && !memcmp(s, words[i], n))
+			return n;
+	}
+	return 0;
+}
+
+/* A wide number's stand-in is (STAND_IN + its text's place in odd->wide) * 1e290, with its sign: no
+ * other number that large is left beside it, and 17 digits carry the place through jansson. */
+#define STAND_IN 10000000000LL
+
+/* A copy that jansson can read: stand-ins for wide numbers, null for NaN and Infinity. */
+static void replace_numbers(const char *s, size_t n, km_buf *out, km_json_odd *odd)
+{
+	const char *end = s + n;
+
+	for (size_t len; s < end; s += len) {
+		if (*s == '"') {
+			len = string_length(s, end);
+			km_buf_append(out, s, len);
+		} else if ((len = nan_length(s, end))) {
+			km_buf_puts(out, "null");
+			odd->nan_count++;
+		} else if ((len = number_length(s, end)) && is_wide(s, len)) {
+			km_buf_printf(out, "%s%llde290", *s == '-' ? "-" : "",
+			              STAND_IN + (long long)odd->wide.len);
+			km_buf_append(&odd->wide, s, len);
+			km_buf_putc(&odd->wide, '\0');
+		} else {
+			len = len ? len : 1;
+			km_buf_append(out, s, len);
+		}
+	}
+}
+
+static json_t *load_replaced(const char *s, size_t n, json_error_t *error, km_json_odd *odd)
+{
+	km_buf copy = KM_BUF_INIT;
+	json_t *value;
+
+	replace_numbers(s, n, &copy, odd);
+	value = json_loadb(copy.data, copy.len, JSON_DECODE_ANY | JSON_ALLOW_NUL, error);
+	km_buf_release(&copy);
+	return value;
+}
+
+json_t *km_json_load(const char *s, size_t n, json_error_t *error, km_json_odd *odd)
 {
 	km_buf clean = KM_BUF_INIT;
 	json_t *value;
 
-	*bad_count = 0;
+	odd->bad_count = odd->nan_count = 0;
+	km_buf_clear(&odd->wide);
 	if (!km_utf8_valid(s, n, NULL) || memmem(s, n, "\\uD", 3) || memmem(s, n, "\\ud", 3)) {
-		sanitize(s, n, &clean, bad_count, bad_at);
+		sanitize(s, n, &clean, odd);
 		s = clean.data;
 		n = clean.len;
 	}
 	value = json_loadb(s, n, JSON_DECODE_ANY | JSON_ALLOW_NUL, error);
+	if (!value && (json_error_code(error) == json_error_numeric_overflow ||
+	               memmem(s, n, "NaN", 3) || memmem(s, n, "Infinity", 8)))
+		value = load_replaced(s, n, error, odd);
 	km_buf_release(&clean);
 	return value;
+}
+
+/* The text of the number that the one at s, written by jansson, stands for; NULL: for none. */
+static const char *wide_text(const char *s, const km_json_odd *odd)
+{
+	double value = fabs(strtod(s, NULL));
+	long long place;
+
+	if (value < 9e299)
+		return NULL;
+	place = llround(value / 1e290) - STAND_IN;
+	KM_ASSERT(place >= 0 && (size_t)place < odd->wide.len);
+	return odd->wide.data + place;
+}
+
+void km_json_write(km_buf *out, const json_t *value, const km_json_odd *odd)
+{
+	char *text = json_dumps(value, JSON_COMPACT | JSON_ENCODE_ANY);
+	const char *s = text ? text : "null", *end = s + strlen(s), *wide;
+
+	for (size_t len; s < end && odd->wide.len; s += len) {
+		len = *s == '"' ? string_length(s, end) : number_length(s, end);
+		wide = len && *s != '"' ? wide_text(s, odd) : NULL;
+		len = len ? len : 1;
+		km_buf_append(out, wide ? wide : s, wide ? strlen(wide) : len);
+	}
+	km_buf_puts(out, s);
+	free(text);
 }

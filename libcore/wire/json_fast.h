@@ -20,10 +20,21 @@ size_t km_json_fast_read(const char *s, size_t n, km_buf *out);
 /* Appends a quoted string; ill-formed UTF-8 becomes U+FFFD, control characters are escaped. */
 void km_json_fast_write(km_buf *out, const char *s, size_t n);
 
-/* Any JSON value through jansson, which by itself refuses what is here read as U+FFFD: ill-formed
- * UTF-8 and lone surrogates. Counts those; `*bad_at` is the first one's byte offset. NULL fills
- * `error`. */
-json_t *km_json_load(const char *s, size_t n, json_error_t *error, size_t *bad_count,
-                     size_t *bad_at);
+/* What jansson by itself refuses. */
+typedef struct km_json_odd {
+	/* ill-formed UTF-8 and lone surrogates, read as U+FFFD; the first one's byte offset */
+	size_t bad_count, bad_at;
+	size_t nan_count; /* NaN, Infinity and -Infinity, which JSON does not have, read as null */
+	/* Texts of numbers that 64 bits or a double do not hold, each with its NUL. Reals stand for
+	 * them that only km_json_write knows. */
+	km_buf wide;
+} km_json_odd;
+
+/* Any JSON value through jansson. NULL fills `error`. `odd`: zeros, or what was filled before; the
+ * caller releases odd->wide. */
+json_t *km_json_load(const char *s, size_t n, json_error_t *error, km_json_odd *odd);
+
+/* Appends a value that was loaded with `odd`, or a part of one: its numbers lose nothing. */
+void km_json_write(km_buf *out, const json_t *value, const km_json_odd *odd);
 
 #endif

@@ -78,6 +78,15 @@ static void note_bad_utf8(struct notes *n, size_t count, size_t at)
 	notes_flush(n);
 }
 
+static void note_nan(struct notes *n, size_t count)
+{
+	if (!count)
+		return;
+	notes_flush(n);
+	n->what = "NaN or Infinity is read as null";
+	notes_flush(n);
+}
+
 static void note_control(struct notes *n, size_t count, size_t at)
 {
 	char what[120];
@@ -381,6 +390,7 @@ static int parse_line(struct job *j, const char *line, size_t len, km_err *err)
 	km_message_clear(&j->message);
 	j->notes.line = j->lines.number;
 	note_bad_utf8(&j->notes, r->bad_count, r->bad_at);
+	note_nan(&j->notes, r->nan_count);
 	note_control(&j->notes, r->control_count, r->control_at);
 	parser = sink_parser(&j->sink, &r->parser);
 	km_parse_request_feed(r, parser, 0, r->has_ids ? r->ids.len : r->text.len);

@@ -33,7 +33,7 @@ static void start(km_parse_request *r, const km_parse_defaults *defaults)
 	json_decref(r->tools);
 	r->root = r->tools = NULL;
 	km_buf_clear(&r->text);
-	r->literal_count = r->bad_count = r->bad_at = 0;
+	r->literal_count = r->bad_count = r->bad_at = r->nan_count = 0;
 	r->ids.len = r->control_count = r->control_at = 0;
 	r->has_ids = false;
 	r->parser = defaults->parser;
@@ -292,9 +292,14 @@ static bool read_fast(km_parse_request *r, const char *line, size_t len)
 
 static int load(km_parse_request *r, const char *line, size_t len, km_err *err)
 {
+	km_json_odd odd = { 0 };
 	json_error_t error;
 
-	r->root = km_json_load(line, len, &error, &r->bad_count, &r->bad_at);
+	r->root = km_json_load(line, len, &error, &odd);
+	r->bad_count = odd.bad_count;
+	r->bad_at = odd.bad_at;
+	r->nan_count = odd.nan_count;
+	km_buf_release(&odd.wide);
 	if (!r->root)
 		return km_fail(err, KM_EFORMAT, "not JSON: %s (at byte %d)", error.text,
 		               error.position);

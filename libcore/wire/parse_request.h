@@ -8,7 +8,8 @@
  * of its own, which reads tools once for all the lines that repeat them; every other line, and
  * every line that is wrong, goes through jansson, which gives the verdict and the sentence. Where
  * both accept a line they read the same from it; a test holds them to that. A member that is null
- * counts as absent. Ill-formed UTF-8 and lone surrogates are read as U+FFFD and counted.
+ * counts as absent. Ill-formed UTF-8 and lone surrogates are read as U+FFFD and counted, NaN and
+ * Infinity as null.
  *
  * The request's buffers are kept from line to line. One thread.
  */
@@ -48,6 +49,7 @@ typedef struct km_parse_request {
 	const km_tokenizer *tokenizer;
 	/* ill-formed places in the line, and the first one's byte offset */
 	size_t bad_count, bad_at;
+	size_t nan_count; /* of NaN and Infinity, which JSON does not have */
 	/* owned: the line as jansson read it; the one tool of tool_choice */
 	json_t *root, *tools;
 	/* the last "tools" that the scanner met, as written: logs repeat them */

@@ -35,18 +35,11 @@ void km_sse_repair_release(km_sse_repair *r)
 		km_buf_release(&r->choices[i].id);
 	}
 	json_decref(r->envelope);
+	km_buf_release(&r->odd.wide);
 	km_sse_reader_release(&r->reader);
 }
 
 /* ---- chunks out ---- */
-
-static void write_json(km_buf *out, const json_t *value)
-{
-	char *text = json_dumps(value, JSON_COMPACT | JSON_ENCODE_ANY);
-
-	km_buf_puts(out, text ? text : "null");
-	free(text);
-}
 
 /* The envelope's members, up to and with "choices":[{"index":N, of one chunk. */
 static void chunk_open(km_sse_repair *r, const km_sse_choice *choice)
@@ -58,7 +51,7 @@ static void chunk_open(km_sse_repair *r, const km_sse_choice *choice)
 	json_object_foreach(r->envelope, key, value) {
 		km_json_fast_write(r->out, key, strlen(key));
 		km_buf_putc(r->out, ':');
-		write_json(r->out, value);
+		km_json_write(r->out, value, &r->odd);
 		km_buf_putc(r->out, ',');
 	}
 	km_buf_printf(r->out, "\"choices\":[{\"index\":%d,", choice->index);
@@ -69,7 +62,7 @@ static void chunk_close(km_sse_repair *r, const char *finish_reason)
 {
 	if (r->logprobs) {
 		km_buf_puts(r->out, ",\"logprobs\":");
-		write_json(r->out, r->logprobs);
+		km_json_write(r->out, r->logprobs, &r->odd);
 		r->logprobs = NULL;
 	}
 	km_buf_puts(r->out, ",\"finish_reason\":");
@@ -121,7 +114,8 @@ static void remember(km_sse_repair *r, const char *what)
 
 static km_sse_choice *choice_of(km_sse_repair *r, const json_t *value)
 {
-	json_int_t index = json_integer_value(json_object_get(value, "index"));
+	const json_t *place = json_object_get(value, "index");
+	json_int_t index = json_is_real(place) ? -1 : json_integer_value(place);
 	km_parser_options options = r->parser;
 	km_sse_choice *choice;
 
@@ -307,7 +301,7 @@ static void take_delta(km_sse_choice *choice, const json_t *delta)
 		send_role(r, choice);
 		chunk_open(r, choice);
 		km_buf_puts(r->out, "\"delta\":");
-		write_json(r->out, rest);
+		km_json_write(r->out, rest, &r->odd);
 		chunk_close(r, NULL);
 	}
 	json_decref(rest);
@@ -367,7 +361,7 @@ static void take_choice(km_sse_repair *r, const json_t *value)
 static void hand_on(km_sse_repair *r, const json_t *chunk)
 {
 	km_buf_puts(r->out, "data: ");
-	write_json(r->out, chunk);
+	km_json_write(r->out, chunk, &r->odd);
 	km_buf_puts(r->out, "\n\n");
 }
 
@@ -393,7 +387,7 @@ static void take_chunk(km_sse_repair *r, json_t *chunk)
 static int on_event(void *ctx, enum km_sse_kind kind, const char *text, size_t len, km_err *err)
 {
 	km_sse_repair *r = ctx;
-	size_t bad_count, bad_at;
+	json_error_t error;
 	json_t *chunk;
 
 	(void)err;
@@ -410,9 +404,11 @@ static int on_event(void *ctx, enum km_sse_kind kind, const char *text, size_t l
 		km_sse_done(r->out);
 		return 0;
 	}
-	chunk = km_json_load(text, len, NULL, &bad_count, &bad_at);
-	if (bad_count && r->parser.on_repair)
+	chunk = km_json_load(text, len, &error, &r->odd);
+	if (r->odd.bad_count && r->parser.on_repair)
 		r->parser.on_repair(r->repair_ctx, "an event that is not UTF-8", NULL, 0);
+	if (r->odd.nan_count && r->parser.on_repair)
+		r->parser.on_repair(r->repair_ctx, "NaN or Infinity is given as null", NULL, 0);
 	if (!json_is_object(chunk))
 		remember(r, "the stream has an event that is not a JSON object");
 	else

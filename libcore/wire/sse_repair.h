@@ -22,6 +22,7 @@
 #include "base/buf.h"
 #include "base/err.h"
 #include "text/parser.h"
+#include "wire/json_fast.h"
 #include "wire/sse.h"
 
 enum { KM_SSE_REPAIR_MAX_CHOICES = 128 };
@@ -50,6 +51,7 @@ typedef struct km_sse_repair {
 	km_sse_reader reader;
 	km_sse_choice choices[KM_SSE_REPAIR_MAX_CHOICES];
 	json_t *envelope;         /* of the chunk at hand: all of it but the choices */
+	km_json_odd odd;          /* of the chunk at hand */
 	/* borrowed: of the choice at hand, until a chunk has carried them */
 	json_t *logprobs;
 	bool done;

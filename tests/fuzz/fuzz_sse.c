@@ -31,14 +31,17 @@ static void repair(const char *s, size_t n, size_t step, km_buf *out)
 
 static int check_event(void *ctx, enum km_sse_kind kind, const char *text, size_t len, km_err *err)
 {
+	km_json_odd odd = { 0 };
+	json_error_t error;
 	json_t *value;
 
 	(void)ctx;
 	(void)err;
 	if (kind == KM_SSE_COMMENT || (len == 6 && !memcmp(text, "[DONE]", 6)))
 		return 0;
-	value = json_loadb(text, len, JSON_ALLOW_NUL, NULL);
-	CHECK(json_is_object(value));
+	value = km_json_load(text, len, &error, &odd);
+	CHECK(json_is_object(value) && !odd.bad_count && !odd.nan_count);
+	km_buf_release(&odd.wide);
 	json_decref(value);
 	return 0;
 }
