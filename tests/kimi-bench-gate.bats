@@ -135,7 +135,7 @@ setup() {
 	for what in "--help" "--version" "--explain --tokens 1" "$SMALL"; do
 		run --separate-stderr bash -c "kimi-bench-gate $what >/dev/full"
 		[ "$status" -eq 1 ] || { echo "$what: $status"; return 1; }
-		[[ $stderr == *"stdout: "* ]]
+		[[ $stderr == *"kimi-bench-gate: stdout cannot be written: "* ]]
 	done
 	run --separate-stderr kimi-bench-gate $SMALL --plot /nonexistent/out.svg
 	[ "$status" -eq 1 ]

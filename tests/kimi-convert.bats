@@ -94,6 +94,7 @@ make_tiny() {
 	[ -e /dev/full ] || skip "no /dev/full"
 	run sh -c "'$convert' --inspect configs/models/kimi-k2.5.json >/dev/full"
 	[ "$status" -eq 1 ]
+	[[ $output == *"kimi-convert: stdout cannot be written: "* ]]
 }
 
 make_wide() {

@@ -296,8 +296,13 @@ CASES
 	run bash -c 'kimi-parse in >/dev/full'
 	[ "$status" -eq 1 ]
 	[[ "$output" == *"writing the output"* ]]
-	run bash -c 'kimi-parse --help >/dev/full'
-	[ "$status" -eq 1 ]
+	for tool in parse serve convert tune bench-gate; do
+		for option in --help --version; do
+			run bash -c "kimi-$tool $option >/dev/full"
+			[ "$status" -eq 1 ]
+			[[ "$output" == "kimi-$tool: stdout cannot be written: "* ]] || { echo "$output"; return 1; }
+		done
+	done
 }
 
 chunk() {

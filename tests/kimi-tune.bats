@@ -240,4 +240,5 @@ file_of() {
 	[ -e /dev/full ] || skip "no /dev/full"
 	run sh -c "kimi-tune --dry-run >/dev/full"
 	[ "$status" -eq 1 ]
+	[[ $output == "kimi-tune: stdout cannot be written"* ]]
 }

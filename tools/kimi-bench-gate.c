@@ -10,6 +10,7 @@
 #include "base/mem.h"
 #include "base/option.h"
 #include "base/outfile.h"
+#include "base/stdout.h"
 #include "model/config.h"
 #include "model/router.h"
 #include "model/router_report.h"
@@ -134,16 +135,6 @@ static int make_shape(km_router_shape *s, const struct values *v, km_err *err)
 	s->softmax = v->scoring ? !strcmp(v->scoring, "softmax") : s->softmax;
 	s->weights_f32 = v->weights && !strcmp(v->weights, "f32");
 	return km_router_plan_make(&plan, s, &any, err); /* refuses what nothing takes */
-}
-
-static int print(km_buf *out)
-{
-	bool ok = fwrite(out->data ? out->data : "", 1, out->len, stdout) == out->len &&
-	          fflush(stdout) == 0 && !ferror(stdout);
-
-	if (!ok)
-		fprintf(stderr, "kimi-bench-gate: stdout: %s\n", strerror(errno));
-	return ok ? 0 : 1;
 }
 
 /* The plans of a GPU: this machine's, or an H100 where there is none. */
@@ -277,7 +268,7 @@ int main(int argc, char **argv)
 
 	rc = km_option_parse(&usage, &v, argc, argv, &operands, &err);
 	if (rc == KM_OPTION_DONE)
-		return print(&out);
+		return km_stdout_write(usage.tool, NULL) ? 0 : 1;
 	if (rc < 0)
 		return usage_error(err.msg);
 	if (conflict(&v))
@@ -298,7 +289,7 @@ int main(int argc, char **argv)
 		                 : bench(&v, &o, allowed, &out, &err);
 	if (rc < 0)
 		fprintf(stderr, "kimi-bench-gate: %s\n", err.msg);
-	if (rc >= 0 && print(&out))
+	if (rc >= 0 && !km_stdout_write(usage.tool, &out))
 		rc = 1;
 	km_buf_release(&out);
 	return rc < 0 ? 1 : rc;

@@ -11,6 +11,7 @@
 #include "base/buf.h"
 #include "base/clock.h"
 #include "base/option.h"
+#include "base/stdout.h"
 #include "model/inspect.h"
 #include "model/repack.h"
 #include "model/synthesize.h"
@@ -95,24 +96,17 @@ static int complain(const km_err *err)
 	return EXIT_FAILED;
 }
 
-static int finish_stdout(int status)
-{
-	if (fflush(stdout) == 0 && !ferror(stdout))
-		return status;
-	fprintf(stderr, "kimi-convert: stdout cannot be written\n");
-	return EXIT_FAILED;
-}
-
 static int inspect(const struct options *o)
 {
 	km_buf out = KM_BUF_INIT;
 	km_err err;
+	bool ok;
 
 	if (km_inspect(o->inspect, o->json, (int)o->max_problems, &out, &err) < 0)
 		return complain(&err);
-	fwrite(out.data, 1, out.len, stdout);
+	ok = km_stdout_write(usage.tool, &out);
 	km_buf_release(&out);
-	return finish_stdout(EXIT_OK);
+	return ok ? EXIT_OK : EXIT_FAILED;
 }
 
 static void print_verdict_json(const km_findings *f, const km_verify_result *r)
@@ -165,7 +159,8 @@ static int verify(const struct options *o)
 			print_verdict_json(&findings, &result);
 		else
 			print_verdict(o, &findings, &result);
-		status = finish_stdout(status);
+		if (!km_stdout_write(usage.tool, NULL))
+			status = EXIT_FAILED;
 	}
 	km_findings_release(&findings);
 	return status;
@@ -229,7 +224,7 @@ int main(int argc, char **argv)
 
 	rc = km_option_parse(&usage, &o, argc, argv, &operands, &err);
 	if (rc == KM_OPTION_DONE)
-		return finish_stdout(EXIT_OK);
+		return km_stdout_write(usage.tool, NULL) ? EXIT_OK : EXIT_FAILED;
 	if (rc < 0) {
 		complain(&err);
 		return EXIT_USAGE;

@@ -10,6 +10,7 @@
 
 #include "base/err.h"
 #include "base/option.h"
+#include "base/stdout.h"
 #include "text/tokenizer.h"
 #include "wire/parse_filter.h"
 
@@ -164,7 +165,7 @@ int main(int argc, char **argv)
 	int operands, status, rc = km_option_parse(&usage, &v, argc, argv, &operands, &err);
 
 	if (rc == KM_OPTION_DONE)
-		return fflush(stdout) == 0 && !ferror(stdout) ? 0 : 1;
+		return km_stdout_write(usage.tool, NULL) ? 0 : 1;
 	if (rc < 0)
 		return usage_error(err.msg);
 	if (conflict(&v))

@@ -1,5 +1,4 @@
 /* kimi-serve: answers OpenAI requests from a checkpoint. See man/kimi-serve.1. */
-#include <errno.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <signal.h>
@@ -13,6 +12,7 @@
 #include "base/mem.h"
 #include "base/option.h"
 #include "base/outfile.h"
+#include "base/stdout.h"
 #include "commit.h"
 #include "device/cuda.h"
 #include "engine/bench_one_batch.h"
@@ -256,12 +256,9 @@ static int complain(const km_err *err)
 
 static int print(km_buf *text)
 {
-	size_t n = text->len ? fwrite(text->data, 1, text->len, stdout) : 0;
-	bool ok = n == text->len && !fflush(stdout) && !ferror(stdout);
+	bool ok = km_stdout_write(usage.tool, text);
 
 	km_buf_release(text);
-	if (!ok)
-		fprintf(stderr, "kimi-serve: cannot write to stdout: %s\n", strerror(errno));
 	return ok ? EXIT_OK : EXIT_FAILED;
 }
 
@@ -592,7 +589,7 @@ int main(int argc, char **argv)
 
 	rc = km_option_parse(&usage, &o, argc, argv, &operands, &err);
 	if (rc == KM_OPTION_DONE)
-		return fflush(stdout) == 0 && !ferror(stdout) ? EXIT_OK : EXIT_FAILED;
+		return km_stdout_write(usage.tool, NULL) ? EXIT_OK : EXIT_FAILED;
 	if (rc < 0 || check(&o, &err) < 0) {
 		complain(&err);
 		return EXIT_USAGE;

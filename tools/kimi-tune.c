@@ -10,6 +10,7 @@
 
 #include "base/mem.h"
 #include "base/option.h"
+#include "base/stdout.h"
 #include "base/utf8.h"
 #include "model/moe_search.h"
 
@@ -217,8 +218,7 @@ static int check(struct job *j, km_err *err)
 
 static void print(km_buf *out)
 {
-	fwrite(out->data ? out->data : "", 1, out->len, stdout);
-	fflush(stdout);
+	fwrite(out->data ? out->data : "", 1, out->len, stdout); /* main says whether it arrived */
 	km_buf_release(out);
 }
 
@@ -295,7 +295,7 @@ int main(int argc, char **argv)
 
 	rc = km_option_parse(&usage, &v, argc, argv, &operands, &err);
 	if (rc == KM_OPTION_DONE)
-		return fflush(stdout) ? EXIT_FAILED : EXIT_OK;
+		return km_stdout_write(usage.tool, NULL) ? EXIT_OK : EXIT_FAILED;
 	if (rc < 0 || (v.tokens && parse_tokens(v.tokens, j.tokens, &j.count, &err) < 0))
 		return usage_error(err.msg);
 	if (conflict(&v))
@@ -307,10 +307,8 @@ int main(int argc, char **argv)
 	rc = run(&j, &err);
 	if (rc < 0)
 		fprintf(stderr, "kimi-tune: %s\n", err.msg);
-	if (ferror(stdout)) {
-		fprintf(stderr, "kimi-tune: stdout cannot be written\n");
+	if (!km_stdout_write(usage.tool, NULL))
 		rc = EXIT_FAILED;
-	}
 	free(j.path);
 	free(j.root);
 	return rc < 0 ? EXIT_FAILED : rc;
