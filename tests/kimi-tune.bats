@@ -211,6 +211,8 @@ file_of() {
 		run kimi-tune $bad
 		[ "$status" -eq 2 ] || { echo "$bad: $status"; return 1; }
 	done
+	run kimi-tune extra
+	[ "$output" = "kimi-tune: unexpected operand 'extra'; see 'kimi-tune --help'" ]
 	for name in $'caf\xe9' "$(printf 'é%.0s' {1..140})"; do
 		run kimi-tune --dry-run --json --tokens 1 --device "$name"
 		[ "$status" -eq 2 ]

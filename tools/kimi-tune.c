@@ -105,7 +105,7 @@ static void on_signal(int signal)
 
 static int usage_error(const char *sentence)
 {
-	fprintf(stderr, "kimi-tune: %s; see 'kimi-tune --help'\n", sentence);
+	fprintf(stderr, "kimi-tune: %s\n", sentence);
 	return EXIT_USAGE;
 }
 
