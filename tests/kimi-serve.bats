@@ -50,6 +50,9 @@ stop() {
 	run "$serve" --model-path "$dir/big" --plan
 	[ "$status" -eq 1 ]
 	[[ "$output" == *"does not fit"* ]]
+	run "$serve" --model-path "$model" --plan --device cpu --max-total-tokens 1000000000
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"KV cache"*"does not fit"* ]]
 }
 
 @test "where to compute: the CPU when asked or when there is no GPU, which is said" {
@@ -88,6 +91,7 @@ stop() {
 
 @test "the command line is checked" {
 	for args in "" "--port 1" "--model-path m --port 70000" "--model-path m --batch --plan" \
+		"--model-path m --plan --expert-stats x" \
 		"--model-path m --batch --max-queued-requests 5" "--model-path m x" "--model-path m --kv-cache-dtype fp8_e5m2" "--model-path m --tp 8 --ep 1"; do
 		run "$serve" $args
 		[ "$status" -eq 2 ]
@@ -250,6 +254,19 @@ line() {
 	[ "$status" -eq 1 ]
 	jq -se 'length == 3 and ([.[] | select(.error.message // "" | test("longer than"))] | length == 2)
 		and ([.[] | select(.custom_id == "good")][0].response.status_code == 200)' "$dir/out"
+	{ # what follows the part that was dropped is of the same line
+		head -c 70000 /dev/zero | tr '\0' ' '
+		line tail /v1/completions '{"prompt":"a","max_tokens":2}' | tr -d '\n'
+	} >"$dir/in"
+	run sh -c "'$serve' --model-path '$model' --batch --quiet --max-body-size 1K $small <'$dir/in' >'$dir/out'"
+	[ "$status" -eq 1 ]
+	jq -se 'length == 1 and (.[0].error.message | test("Line 1: .*longer than"))' "$dir/out"
+}
+
+@test "statistics that cannot be written are known before anything is answered" {
+	run sh -c "'$serve' --model-path '$model' --batch --quiet --expert-stats /nonexistent/x $small </dev/null"
+	[ "$status" -eq 1 ]
+	[[ "$output" == *"/nonexistent/x: cannot be created"* ]]
 }
 
 @test "a batch from a slow pipe is answered as it comes, and Ctrl-C leaves what is done" {

@@ -407,6 +407,48 @@ static void half_open_sockets_stall_nobody(void **state)
 	km_buf_release(&out);
 }
 
+/* More clients that go in the middle of a request than there are connections keep nobody out. */
+static void half_a_request_from_who_is_gone_is_over(void **state)
+{
+	static const char *const halves[] = { "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{",
+		                              "POST /v1/completions HTTP/1.1\r\nHo" };
+	struct fixture *f = *state;
+	km_buf out = KM_BUF_INIT;
+	double start = km_now_s();
+
+	for (int i = 0; i < 400; i++) {
+		int fd = http_dial(f->port);
+
+		if (fd < 0) /* all are taken: the watcher frees them */
+			continue;
+		http_send(fd, halves[i % 2]);
+		close(fd);
+	}
+	while (http_ask(f->port, "GET", "/health", "", &out) != 200)
+		assert_true(km_now_s() - start < 1.5);
+	assert_true(km_now_s() - start < 1.5); /* request_timeout_s is 2 */
+	km_buf_release(&out);
+}
+
+/* Half-closed behind a whole request: it is answered. */
+static void a_whole_request_half_closed_is_answered(void **state)
+{
+	struct fixture *f = *state;
+
+	for (int i = 0; i < 50; i++) {
+		km_buf out = KM_BUF_INIT;
+		int fd = http_dial(f->port);
+
+		assert_true(fd >= 0);
+		http_send(fd, "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+		shutdown(fd, SHUT_WR);
+		http_receive(fd, &out);
+		assert_non_null(strstr(out.data, " 200 "));
+		close(fd);
+		km_buf_release(&out);
+	}
+}
+
 static void oversized_bodies_are_refused(void **state)
 {
 	struct fixture *f = *state;
@@ -571,6 +613,8 @@ int main(void)
 		cmocka_unit_test_setup_teardown(a_reader_that_does_not_read_stalls_nobody, set_up,
 		                                tear_down),
 		cmocka_unit_test_setup_teardown(half_open_sockets_stall_nobody, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(half_a_request_from_who_is_gone_is_over, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(a_whole_request_half_closed_is_answered, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(oversized_bodies_are_refused, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(silence_is_filled_with_comments, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(sixty_four_clients_and_a_third_hang_up, set_up,

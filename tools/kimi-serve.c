@@ -107,7 +107,7 @@ static const km_option table[] = {
 	BYTES("stream-buffer", stream_buffer, 65536, 1e10,
 	      "unread events of a stream before it is cut off (default 16M)"),
 	NUMBER("keepalive-interval,sse-ping-interval", "S", keepalive, 0.1, 86400,
-	       "seconds of silence before a stream gets a comment (default 15)"),
+	       "seconds of silence, from its first token on, before a stream gets a comment (default 15)"),
 	NUMBER("drain-timeout,timeout-graceful-shutdown", "S", drain, 0, 86400,
 	       "seconds to finish running requests after SIGTERM (default 30)"),
 
@@ -498,6 +498,8 @@ static int run(const struct options *o, const km_engine_options *engine_opts)
 	km_err err;
 	int status;
 
+	if (o->expert_stats && km_outfile_check(o->expert_stats, &err) < 0)
+		return complain(&err);
 	if (km_engine_open(&engine, engine_opts, &err) < 0)
 		return complain(&err);
 	opening = 0;
@@ -548,6 +550,9 @@ static int check(const struct options *o, km_err *err)
 		return km_fail(err, KM_EINVAL, "--require-tuned goes with a GPU: the CPU's experts have no table");
 	if (o->api_key && !*o->api_key)
 		return km_fail(err, KM_EINVAL, "--api-key is empty, which would be no key");
+	if (o->expert_stats && (o->plan || o->explain || o->bench))
+		return km_fail(err, KM_EINVAL, "--expert-stats counts what is served: it does not go with --plan, --explain "
+		               "and --bench-one-batch");
 	if (o->batch && o->queued)
 		return km_fail(err, KM_EINVAL,
 		               "--max-queued-requests is for serving; the lines of --batch wait in "

@@ -117,7 +117,7 @@ typedef struct km_request km_request;
 void km_engine_options_init(km_engine_options *options); /* the defaults */
 
 /* What opening would take, in numbers, or in words for people; only config.json is read. A plan
- * that leaves no room for KV is KM_ENOMEM. */
+ * that leaves no room for KV is KM_ENOMEM; so is one that does not fit, in words, which are there all the same. */
 int km_engine_plan(const km_engine_options *options, km_model_plan *plan, km_err *err);
 int km_engine_describe_plan(const km_engine_options *options, km_buf *out, km_err *err);
 

@@ -243,7 +243,7 @@ int km_engine_describe_plan(const km_engine_options *options, km_buf *out, km_er
 
 	KM_TRY(load_and_decide(options, &d, err));
 	describe(&d, out);
-	return 0;
+	return km_model_plan_fits(&d.plan, options->model_dir, err);
 }
 
 /* ---- the model and the vocabulary behind the engine ---- */

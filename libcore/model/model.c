@@ -38,7 +38,7 @@ static void unmap_block(void *block, size_t bytes)
 		munmap(block, bytes ? bytes : 1);
 }
 
-static int check_fit(const km_model_plan *plan, const char *dir, km_err *err)
+int km_model_plan_fits(const km_model_plan *plan, const char *dir, km_err *err)
 {
 	const double gib = 1024.0 * 1024 * 1024;
 	int64_t buffers = plan->scratch_bytes + plan->logits_bytes + plan->rope_bytes + plan->fixed_bytes;
@@ -127,7 +127,7 @@ static int open_parts(km_model *model, const char *dir, const km_model_random *r
 	KM_TRY(km_model_plan_memory(&model->config, &model->options, &plan, err));
 	if (model->options.kv_slots < 1)
 		return km_fail(err, KM_EINVAL, "%s: a KV cache of no tokens makes no sense", dir);
-	KM_TRY(check_fit(&plan, dir, err));
+	KM_TRY(km_model_plan_fits(&plan, dir, err));
 	KM_TRY(open_weights(model, dir, random, depth, err));
 	km_kept_init(&model->kept, &model->options);
 #if KM_CUDA

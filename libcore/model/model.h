@@ -70,6 +70,8 @@ typedef struct km_model km_model;
  * */
 int km_model_plan_memory(const km_config *config, const km_model_options *options,
                          km_model_plan *plan, km_err *err);
+/* KM_ENOMEM, with a sentence about `dir`, when the plan takes more than is available. */
+int km_model_plan_fits(const km_model_plan *plan, const char *dir, km_err *err);
 int km_model_open(km_model **model, const char *dir, const km_model_options *options, km_err *err);
 
 /* A model without a checkpoint, to be measured: the config at `path` (a file, or a folder with

@@ -343,7 +343,7 @@ static int turn(struct batch *b, km_err *err)
 		}
 		if (!len && !b->ended)
 			KM_TRY(read_some(b, b->running ? 1 : 50, err));
-		if (len || (b->ended && b->too_long))
+		if (len || (b->ended && b->too_long && !b->input.len))
 			return take_input(b, len, err);
 	} else {
 		wait_a_little(b);

@@ -43,6 +43,7 @@ struct connection {
 	int fd;
 	double since;         /* when it began to wait for a request's headers */
 	km_exchange *current; /* or NULL */
+	bool abandoned;       /* as the watcher last saw it */
 };
 
 struct km_exchange {
@@ -52,7 +53,6 @@ struct km_exchange {
 	atomic_int references;
 	char *method, *path; /* owned */
 	km_buf body;
-	size_t discarded;    /* bytes of a body past the limit */
 	double started, ended;
 	int status;
 	_Atomic double last_pull; /* the socket thread's last sign of progress */
@@ -70,6 +70,7 @@ struct km_exchange {
 	km_exchange_later later;
 
 	/* the socket thread's */
+	int64_t discarded; /* bytes of a body past the limit */
 	km_buf out;
 	size_t out_at;
 	bool ended_stream;
@@ -445,11 +446,11 @@ static enum MHD_Result take_body(km_exchange *x, const char *data, size_t *len)
 {
 	km_buf_append(&x->body, data, *len);
 	if (x->body.overflow)
-		x->discarded += *len;
+		x->discarded += (int64_t)*len;
 	*len = 0;
-	/* A body in chunks of unknown length: a little is read past the limit so that the client is
+	/* A body in chunks of unknown length: as much again is read past the limit so that the client is
 	 * still listening when it is told, but not without end. */
-	return x->discarded > 1 << 20 ? MHD_NO : MHD_YES;
+	return x->discarded > x->http->options.max_body_bytes + (1 << 20) ? MHD_NO : MHD_YES;
 }
 
 static void hand_over(km_exchange *x)
@@ -557,6 +558,24 @@ static bool hung_up(int fd)
 	return poll(&p, 1, 0) > 0 && p.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL);
 }
 
+/* The client has closed before its request was whole, and everything that it sent was read. libmicrohttpd does not
+ * notice where the last bytes and the close come together. */
+static bool is_abandoned(int fd)
+{
+	char byte;
+
+	return hung_up(fd) && recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0;
+}
+
+/* Seen twice: what was read a moment ago may make the request whole. */
+static bool was_abandoned(struct connection *c, bool reading)
+{
+	bool before = c->abandoned;
+
+	c->abandoned = reading && is_abandoned(c->fd);
+	return before && c->abandoned;
+}
+
 static bool is_late(const km_http *http, const km_exchange *x, double now)
 {
 	if (x->state == READING)
@@ -571,7 +590,7 @@ static void watch_exchange(km_http *http, struct connection *c, km_exchange *x, 
 	bool end, ping;
 
 	pthread_mutex_lock(&x->lock);
-	end = !x->gone && (x->cut || is_late(http, x, now) ||
+	end = !x->gone && (x->cut || is_late(http, x, now) || was_abandoned(c, x->state == READING) ||
 	                   ((x->state == HANDLING || x->state == STREAMING) && hung_up(c->fd)));
 	ping = x->state == STREAMING && x->suspended &&
 	       now - x->last_pull > http->options.keepalive_s;
@@ -592,7 +611,7 @@ static void watch_all(km_http *http)
 	for (struct connection *c = http->connections; c; c = c->next) {
 		if (c->current)
 			watch_exchange(http, c, c->current, now);
-		else if (now - c->since > http->options.request_timeout_s)
+		else if (was_abandoned(c, true) || now - c->since > http->options.request_timeout_s)
 			shutdown(c->fd, SHUT_RDWR);
 	}
 }
