@@ -48,6 +48,13 @@ enum {
 
 #define KM_MOE_RECORD_BYTES(group) (KM_MOE_RECORD_CODES + 4096 / (group))
 
+/* Metadata of a repacked file. Checksums are 16 hexadecimal digits for each repacked tensor, in the
+ * order of the data; the original header is the JSON that the file had before. */
+#define KM_META_LAYOUT "kimi.expert_layout"
+#define KM_META_VERSION "kimi.expert_layout_version"
+#define KM_META_CHECKSUMS "kimi.checksums"
+#define KM_META_HEADER "kimi.original_header"
+
 /* The checkpoint's packing of one matrix. */
 typedef struct km_int4_matrix {
 	uint32_t *codes;  /* [rows, cols / 8] */

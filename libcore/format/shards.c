@@ -9,6 +9,7 @@
 
 #include "base/mem.h"
 #include "format/json.h"
+#include "format/moe_layout.h"
 #include "format/name_map.h"
 #include "format/scan.h"
 
@@ -319,13 +320,26 @@ static int is_safetensors(const struct dirent *entry)
 	return n > m && entry->d_name[0] != '.' && !strcmp(entry->d_name + n - m, end);
 }
 
+/* A file of a repacked checkpoint that has nothing but its old header: no index can name it. */
+static bool is_bare(const km_shards *shards, const char *name)
+{
+	char *path = km_xasprintf("%s/%s", shards->dir, name);
+	km_safetensors file;
+	bool bare = km_safetensors_open(&file, path, NULL) >= 0 && !file.count &&
+	            km_safetensors_metadata(&file, KM_META_HEADER);
+
+	km_safetensors_close(&file);
+	free(path);
+	return bare;
+}
+
 void km_shards_report_unread(const km_shards *shards, km_findings *findings)
 {
 	struct dirent **entries;
 	int count = scandir(shards->dir, &entries, is_safetensors, alphasort);
 
 	for (int i = 0; i < count; i++) {
-		if (!is_open(shards, entries[i]->d_name))
+		if (!is_open(shards, entries[i]->d_name) && !is_bare(shards, entries[i]->d_name))
 			km_findings_add(findings, KM_EFORMAT, "%s/%s: is not read: %s",
 			                shards->dir, entries[i]->d_name,
 			                shards->indexed ?

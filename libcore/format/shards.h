@@ -30,7 +30,8 @@ int km_shards_open(km_shards *shards, const char *dir, km_findings *findings, km
 void km_shards_close(km_shards *shards); /* also after a failure */
 
 /* A sentence for each file of the folder that ends in .safetensors and is none of these: remains of
- * another download, most often, of which nothing is ever read. */
+ * another download, most often, of which nothing is ever read. Not for one that has no tensors but
+ * the header that it had before its checkpoint was repacked. */
 void km_shards_report_unread(const km_shards *shards, km_findings *findings);
 
 static inline const char *km_shards_path(const km_shards *shards, const km_tensor *t)

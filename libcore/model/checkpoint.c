@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "base/mem.h"
+#include "format/moe_layout.h"
 
 struct matcher {
 	km_checkpoint *cp;

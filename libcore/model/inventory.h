@@ -44,13 +44,6 @@ enum km_tensor_class {
  * [rows / 16, columns / 128, bytes of a record]. */
 enum km_form { KM_FORM_PLAIN, KM_FORM_FP8, KM_FORM_INT4, KM_FORM_REPACKED, KM_FORM_COUNT };
 
-/* Metadata of a repacked file. Checksums are 16 hexadecimal digits for each repacked tensor, in the
- * order of the data; the original header is the JSON that the file had before. */
-#define KM_META_LAYOUT "kimi.expert_layout"
-#define KM_META_VERSION "kimi.expert_layout_version"
-#define KM_META_CHECKSUMS "kimi.checksums"
-#define KM_META_HEADER "kimi.original_header"
-
 typedef struct km_module {
 	const char *key;    /* "layers.3.self_attn.o_proj"; borrowed during the visit */
 	const char *suffix; /* of a plain one: "weight", "bias", "e_score_correction_bias" */

@@ -5,7 +5,8 @@
  * Repacking replaces, of each expert, gate_proj and up_proj by gate_up_proj.weight_repacked and
  * down_proj's tensors by down_proj.weight_repacked, bytes [rows / 16, columns / 128, record]. Files
  * keep their names; the repacked tensors come first in each, the data begins at a multiple of 4096,
- * so that it can be mapped or read straight to a device. All other tensors and files are copied as
+ * so that it can be mapped or read straight to a device. A file that had up_proj's tensors alone is
+ * left with none, and the new index does not name it. All other tensors and files are copied as
  * they are; folders inside the folder are not. config.json gets a member "kimi_repacked" in front.
  *
  *   __metadata__ of each file   kimi.expert_layout, kimi.expert_layout_version

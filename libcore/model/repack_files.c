@@ -13,6 +13,7 @@
 
 #include "base/log.h"
 #include "base/mem.h"
+#include "format/moe_layout.h"
 
 enum { ALIGN = 64 };
 
@@ -95,6 +96,7 @@ void km_repack_close(km_repacker *r)
 	if (!r->opened)
 		return;
 	km_outdir_release(&r->out);
+	km_originals_close(&r->originals);
 	km_checkpoint_close(&r->cp);
 	km_config_release(&r->config);
 }
@@ -210,6 +212,9 @@ static bool is_rewritten(const km_repacker *r, const char *name)
 		return true;
 	for (int i = 0; i < r->cp.shards.file_count; i++)
 		if (!strcmp(name, strrchr(r->cp.shards.files[i].path, '/') + 1))
+			return true;
+	for (int i = 0; i < r->originals.bare_count; i++)
+		if (!strcmp(name, strrchr(r->originals.bare[i].path, '/') + 1))
 			return true;
 	return false;
 }

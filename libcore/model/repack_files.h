@@ -10,9 +10,9 @@
 #include "base/outfile.h"
 #include "base/progress.h"
 #include "model/checkpoint.h"
+#include "model/originals.h"
 #include "model/repack.h"
 
-#define KM_ORIGINAL_INDEX "original.model.safetensors.index.json"
 #define KM_REPACK_MARK_BEGIN                                                                       \
 	"\n  \"kimi_repacked\": {\"layout\": \"" KM_EXPERT_LAYOUT "\", \"version\": "
 
@@ -23,6 +23,7 @@ typedef struct km_repacker {
 	const km_repack_options *options;
 	km_config config;
 	km_checkpoint cp;
+	km_originals originals; /* unpacking: opened by it */
 	km_outdir out;
 	km_progress progress;
 	bool opened;
