@@ -458,6 +458,80 @@ static void wrong_versions_are_named(void **state)
 	remove_all(dir);
 }
 
+/* Leaves the last tensor out of a file's old header, its place filled with spaces. */
+static void forget_last_tensor(const char *path)
+{
+	char *text, *begin, *end, *last = NULL;
+	size_t len;
+
+	assert_int_equal(km_read_file(path, 1 << 26, &text, &len, NULL), 0);
+	begin = memmem(text, len, "\"kimi.original_header\":\"", 24);
+	assert_non_null(begin);
+	for (end = begin + 24; *end != '"' || end[-1] == '\\'; end++)
+		if (!strncmp(end, "},\\\"", 4))
+			last = end + 1;
+	while (*end != '}')
+		end--;
+	assert_non_null(last);
+	memset(last, ' ', (size_t)(end - last));
+	poke(path, (uint64_t)(last - text), last, (size_t)(end - last));
+	free(text);
+}
+
+/* Verifying says no where unpacking would. */
+static void old_headers_that_do_not_lead_back_are_refused(void **state)
+{
+	static const struct {
+		const char *old, *new, *says;
+	} edits[] = {
+		{ "\"kimi.original_header\"", "\"kimi.originel_header\"",
+		  "model.safetensors: has no kimi.original_header" },
+		{ "\"kimi.original_header\":\"{", "\"kimi.original_header\":\"[",
+		  "model.safetensors: kimi.original_header: is not valid JSON at byte 0" },
+		{ "experts.9.up_proj.weight_shape", "experts.9.up_proj.weight_shapo",
+		  "experts.9.up_proj.weight_shapo, which cannot be made from what is there" },
+	};
+	char *dir = make("tiny-k25", 0, NULL), *sub = km_xasprintf("%s/repacked", dir);
+	char *path = km_xasprintf("%s/model.safetensors", sub);
+	km_repack_result result;
+
+	(void)state;
+	must(km_repack, dir, "in", "repacked", &result);
+	for (size_t i = 0; i < sizeof(edits) / sizeof(*edits); i++) {
+		edit(sub, "model.safetensors", edits[i].old, edits[i].new);
+		expect_problem(dir, "repacked", edits[i].says);
+		refused(km_unpack, dir, "repacked", edits[i].says);
+		edit(sub, "model.safetensors", edits[i].new, edits[i].old);
+	}
+	expect_problem(dir, "repacked", NULL);
+	forget_last_tensor(path);
+	expect_problem(dir, "repacked", ": no kimi.original_header lists ");
+	refused(km_unpack, dir, "repacked", ": unpacking would lose it");
+	free(path);
+	free(sub);
+	remove_all(dir);
+}
+
+/* A file that none of the new tensors is in has its old header all the same. */
+static void a_bare_file_that_is_gone_is_named(void **state)
+{
+	char *dir = make("tiny-k25", 30000, NULL), *file, *gone;
+	km_repack_result result;
+	km_tensor t;
+	uint64_t at;
+
+	(void)state;
+	must(km_repack, dir, "in", "repacked", &result);
+	file = find_tensor(dir, "in", "experts.9.up_proj.weight_packed", &at, &t);
+	gone = km_xasprintf("%s/repacked%s", dir, strrchr(file, '/'));
+	assert_int_equal(unlink(gone), 0);
+	expect_problem(dir, "repacked", "cannot be opened");
+	refused(km_unpack, dir, "repacked", "cannot be opened");
+	free(gone);
+	free(file);
+	remove_all(dir);
+}
+
 static void what_cannot_be_repacked_is_refused(void **state)
 {
 	char *dir = make("tiny-k25", 0, NULL), *fp8 = make("tiny-k2", 0, NULL), *file;
@@ -576,6 +650,8 @@ int main(void)
 		cmocka_unit_test(ignored_modules_stay),
 		cmocka_unit_test(damage_is_named),
 		cmocka_unit_test(wrong_versions_are_named),
+		cmocka_unit_test(old_headers_that_do_not_lead_back_are_refused),
+		cmocka_unit_test(a_bare_file_that_is_gone_is_named),
 		cmocka_unit_test(what_cannot_be_repacked_is_refused),
 		cmocka_unit_test(an_output_that_is_there_is_left_alone),
 		cmocka_unit_test(a_stop_leaves_nothing),

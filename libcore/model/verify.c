@@ -360,6 +360,17 @@ static void check_tokenizer(struct verifier *v)
 	free(path);
 }
 
+/* Could it be unpacked? Where a tensor is missing that has been said, and would be said again. */
+static void check_originals(struct verifier *v)
+{
+	km_originals originals;
+
+	if (!v->config.expert_layout || v->cp.missing)
+		return;
+	km_originals_open(&originals, &v->cp, &v->config, v->findings);
+	km_originals_close(&originals);
+}
+
 static int prepare(struct verifier *v, km_err *err)
 {
 	km_err config_err;
@@ -376,8 +387,10 @@ static int prepare(struct verifier *v, km_err *err)
 	v->seen = km_xcalloc((size_t)v->first_of_file[files], sizeof(*v->seen));
 	for (int64_t i = 0; i < v->first_of_file[files]; i++)
 		v->seen[i].first_bad = -1;
-	if (v->has_config)
-		KM_TRY(km_checkpoint_match(&v->cp, &v->config, note_module, v, v->findings, err));
+	if (!v->has_config)
+		return 0;
+	KM_TRY(km_checkpoint_match(&v->cp, &v->config, note_module, v, v->findings, err));
+	check_originals(v);
 	return 0;
 }
 

@@ -2,8 +2,9 @@
  * Reads every byte of a checkpoint and lists what is wrong with it: everything that opening checks
  * (model/checkpoint.h), and in the data NaN and infinities in all float types, negative scales,
  * weight_shape against the config, int4 data that was never written, repacked experts against their
- * checksums, and a tokenizer that does not open. Data is read, not mapped, so that a failing disk
- * is a sentence and not a signal.
+ * checksums, what would keep a repacked checkpoint from being unpacked (model/originals.h), and a
+ * tokenizer that does not open. Data is read, not mapped, so that a failing disk is a sentence and
+ * not a signal.
  */
 #ifndef KM_MODEL_VERIFY_H
 #define KM_MODEL_VERIFY_H
