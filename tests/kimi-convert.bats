@@ -155,6 +155,18 @@ make_wide() {
 	[ "$(ls -d "$dir"/back* | wc -l)" -eq 0 ]
 }
 
+@test "a mount point is refused as an output before anything is written" {
+	make_wide
+	mkdir "$dir/mount"
+	unshare -rm mount -t tmpfs none "$dir/mount" 2>/dev/null || skip "nothing can be mounted here"
+	for kind in "-t tmpfs none" "--bind $dir/mount"; do
+		run unshare -rm sh -c "mount $kind '$dir/mount' && '$convert' --repack '$dir/wide' '$dir/mount'"
+		[ "$status" -eq 1 ]
+		[[ "$output" == "kimi-convert: $dir/mount: is a mount point, which "* ]]
+	done
+	[ "$(ls -d "$dir"/mount* | wc -l)" -eq 1 ]
+}
+
 @test "an interrupted repack leaves nothing but the source" {
 	jq '.text_config.moe_intermediate_size = 1024 | .text_config.n_routed_experts = 64' \
 		configs/models/tiny-k25.json >"$dir/big.json"

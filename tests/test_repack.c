@@ -575,6 +575,41 @@ static void an_output_that_is_there_is_left_alone(void **state)
 	remove_all(dir);
 }
 
+/* What nothing can be renamed to is refused before any work; a link stays. */
+static void an_output_must_have_a_name(void **state)
+{
+	static const char *const refused[] = { "", ".", "..", "/", "/tmp/.", "/tmp/../", "./" };
+	char *dir = temp_dir(), *link = km_xasprintf("%s/link", dir);
+	char *real = km_xasprintf("%s/real", dir);
+	struct stat st;
+	km_outdir o;
+	km_err err;
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(refused) / sizeof(*refused); i++) {
+		assert_int_equal(km_outdir_open(&o, refused[i], 0, &err), KM_EINVAL);
+		assert_non_null(strstr(err.msg, " is not the name of a folder that can be made"));
+		km_outdir_release(&o);
+	}
+	assert_int_equal(symlink("real", link), 0);
+	assert_int_equal(km_outdir_open(&o, link, 0, &err), KM_EINVAL);
+	assert_non_null(strstr(err.msg, "link: is a symbolic link to what is not there"));
+	km_outdir_release(&o);
+	assert_int_equal(mkdir(real, 0777), 0);
+	assert_int_equal(km_outdir_open(&o, link, 0, &err), 0);
+	write_text(o.temp, "new", "x");
+	assert_int_equal(km_outdir_commit(&o, &err), 0);
+	km_outdir_release(&o);
+	assert_true(lstat(link, &st) == 0 && S_ISLNK(st.st_mode));
+	assert_int_equal(unlink(link), 0);
+	free(link);
+	link = km_xasprintf("%s/new", real);
+	assert_int_equal(access(link, F_OK), 0);
+	free(link);
+	free(real);
+	remove_all(dir);
+}
+
 static int count_names(const char *dir)
 {
 	DIR *d = opendir(dir);
@@ -654,6 +689,7 @@ int main(void)
 		cmocka_unit_test(a_bare_file_that_is_gone_is_named),
 		cmocka_unit_test(what_cannot_be_repacked_is_refused),
 		cmocka_unit_test(an_output_that_is_there_is_left_alone),
+		cmocka_unit_test(an_output_must_have_a_name),
 		cmocka_unit_test(a_stop_leaves_nothing),
 		cmocka_unit_test(a_disk_without_room_is_refused_first),
 		cmocka_unit_test(checksums_add_up),

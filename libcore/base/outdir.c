@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <libgen.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,16 +45,61 @@ static void remove_flat(const char *dir)
 	rmdir(dir);
 }
 
+/* Nothing can be renamed to a mount point; one of the same disk shows on newer systems alone. */
+static bool is_mount_point(const char *path)
+{
+	char *parent = km_xasprintf("%s/..", path);
+	struct stat in, above;
+	struct statx root;
+	bool is = stat(path, &in) == 0 && stat(parent, &above) == 0 && in.st_dev != above.st_dev;
+
+	free(parent);
+	return is || (statx(AT_FDCWD, path, 0, 0, &root) == 0 &&
+	              root.stx_attributes & STATX_ATTR_MOUNT_ROOT);
+}
+
 static int check_target(const char *path, km_err *err)
 {
 	struct stat st;
 
 	if (lstat(path, &st) < 0)
 		return errno == ENOENT ? 0 : io_fail(path, "cannot be looked at", err);
+	if (S_ISLNK(st.st_mode))
+		return km_fail(err, KM_EINVAL,
+		               "%s: is a symbolic link to what is not there; nothing is written",
+		               path);
 	if (!S_ISDIR(st.st_mode) || count_entries(path) != 0)
 		return km_fail(err, KM_EINVAL,
 		               "%s: is not an empty folder; nothing is written there", path);
+	if (is_mount_point(path))
+		return km_fail(err, KM_EINVAL,
+		               "%s: is a mount point, which the finished folder cannot take the "
+		               "place of; give a folder inside it", path);
 	return 0;
+}
+
+/* The name without slashes at its end, or what it leads to if it is a symbolic link. NULL: it has
+ * no last component that something can be renamed to. */
+static char *target_of(const char *path)
+{
+	size_t len = strlen(path);
+	char *name, *target, *last;
+	struct stat st;
+
+	while (len > 1 && path[len - 1] == '/')
+		len--;
+	name = km_xstrndup(path, len);
+	last = strrchr(name, '/');
+	last = last ? last + 1 : name;
+	if (!*last || !strcmp(last, ".") || !strcmp(last, "..")) {
+		free(name);
+		return NULL;
+	}
+	target = lstat(name, &st) == 0 && S_ISLNK(st.st_mode) ? realpath(name, NULL) : NULL;
+	if (!target)
+		return name;
+	free(name);
+	return target;
 }
 
 static int check_room(const char *dir, const char *path, uint64_t bytes, km_err *err)
@@ -72,15 +118,15 @@ static int check_room(const char *dir, const char *path, uint64_t bytes, km_err 
 
 int km_outdir_open(km_outdir *out, const char *path, uint64_t bytes, km_err *err)
 {
-	size_t len = strlen(path);
 	mode_t mask = umask(0);
 	int rc;
 
 	umask(mask);
-	*out = (km_outdir){ NULL, NULL };
-	while (len > 1 && path[len - 1] == '/')
-		len--;
-	out->path = km_xstrndup(path, len);
+	*out = (km_outdir){ target_of(path), NULL };
+	if (!out->path)
+		return km_fail(err, KM_EINVAL,
+		               "\"%s\" is not the name of a folder that can be made; nothing is "
+		               "written", path);
 	KM_TRY(check_target(out->path, err));
 	out->temp = km_xasprintf("%s.tmp-XXXXXX", out->path);
 	if (!mkdtemp(out->temp)) {

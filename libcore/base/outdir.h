@@ -15,7 +15,8 @@ typedef struct km_outdir {
 	char *path, *temp; /* temp: where to write; NULL after the commit */
 } km_outdir;
 
-/* The target must be an empty folder or not be there: KM_EINVAL; the disk must have `bytes` free:
+/* The target, of a symbolic link what it leads to, must be an empty folder or not be there, be no
+ * mount point, and have a name other than "." and "..": KM_EINVAL; the disk must have `bytes` free:
  * KM_ENOMEM. */
 int km_outdir_open(km_outdir *out, const char *path, uint64_t bytes, km_err *err);
 int km_outdir_commit(km_outdir *out, km_err *err); /* its files are flushed by who wrote them */
