@@ -69,19 +69,40 @@ make_tiny() {
 	[ ! -e "$dir/out" ]
 }
 
-@test "an interruption leaves nothing" {
-	"$convert" --synthesize configs/models/mini.json "$dir/mini" --threads 1 --quiet 2>"$dir/err" &
+# Starts one thread on a model that takes a while, sends it a signal when it writes; "$status" is how it ended.
+signal_synthesize() {
+	"${@:2}" "$convert" --synthesize configs/models/mini.json "$dir/mini" --threads 1 --quiet 2>"$dir/err" &
 	pid=$!
 	for _ in $(seq 100); do
 		ls "$dir"/mini/*.tmp-* >/dev/null 2>&1 && break
 		sleep 0.05
 	done
-	kill -INT $pid
+	kill -"$1" $pid
 	status=0
 	wait $pid || status=$?
-	[ "$status" -eq 1 ]
-	grep -q "interrupted; what was written is removed" "$dir/err"
-	[ ! -e "$dir/mini" ]
+}
+
+@test "an interruption leaves nothing" {
+	for signal in INT TERM HUP; do
+		signal_synthesize $signal
+		[ "$status" -eq 1 ]
+		grep -q "interrupted; what was written is removed" "$dir/err"
+		[ ! -e "$dir/mini" ]
+	done
+}
+
+@test "under nohup a terminal that is closed interrupts nothing" {
+	signal_synthesize HUP nohup
+	[ "$status" -eq 0 ]
+	[ -e "$dir/mini/config.json" ]
+}
+
+@test "progress that nobody reads ends nothing" {
+	mkfifo "$dir/pipe"
+	exec 8<>"$dir/pipe" 9>"$dir/pipe" 8<&-
+	run sh -c "'$convert' --synthesize configs/models/tiny-k25.json '$dir/tiny' 2>&9"
+	[ "$status" -eq 0 ]
+	"$convert" --verify "$dir/tiny" --quiet
 }
 
 @test "layers are cut and the config says so" {

@@ -10,6 +10,7 @@
 
 #include "base/buf.h"
 #include "base/clock.h"
+#include "base/interrupt.h"
 #include "base/option.h"
 #include "base/stdout.h"
 #include "model/inspect.h"
@@ -82,14 +83,6 @@ static void on_signal(int signal)
 	interrupted = 1;
 }
 
-static void catch_signals(void)
-{
-	struct sigaction action = { .sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND };
-
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
-}
-
 static int complain(const km_err *err)
 {
 	fprintf(stderr, "kimi-convert: %s\n", err->msg);
@@ -149,7 +142,7 @@ static int verify(const struct options *o)
 	km_err err;
 	int status;
 
-	catch_signals();
+	km_interrupt_catch(on_signal);
 	km_findings_init(&findings, (int)o->max_problems);
 	if (km_verify(&options, &findings, &result, &err) < 0) {
 		status = complain(&err);
@@ -179,7 +172,7 @@ static int synthesize(const struct options *o, const char *out)
 	double start = km_now_s();
 	km_err err;
 
-	catch_signals();
+	km_interrupt_catch(on_signal);
 	if (km_synthesize(&options, &result, &err) < 0)
 		return complain(&err);
 	if (!o->quiet)
@@ -197,7 +190,7 @@ static int repack(const struct options *o, const char *out)
 	double start = km_now_s(), seconds;
 	km_err err;
 
-	catch_signals();
+	km_interrupt_catch(on_signal);
 	if ((o->repack ? km_repack : km_unpack)(&options, &r, &err) < 0)
 		return complain(&err);
 	seconds = km_now_s() - start;

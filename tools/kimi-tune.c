@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/interrupt.h"
 #include "base/mem.h"
 #include "base/option.h"
 #include "base/stdout.h"
@@ -277,6 +278,7 @@ static int run(struct job *j, km_err *err)
 	j->path = v->output ? km_xstrdup(v->output) : km_tune_path(j->root, &j->target.key);
 	if (v->dry_run || v->explain)
 		return v->dry_run ? dry_run(j, err) : explain(j, err);
+	km_interrupt_catch(on_signal);
 	if (v->check)
 		return check(j, err);
 	search = search_of(j);
@@ -287,7 +289,6 @@ int main(int argc, char **argv)
 {
 	static const int usual[] = { 1,  2,   4,   8,   16,   24,   32,   48,   64,
 		                     96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096 };
-	struct sigaction action = { .sa_handler = on_signal, .sa_flags = (int)SA_RESETHAND };
 	struct values v = { .allowed = -1 };
 	struct job j = { .v = &v, .count = sizeof(usual) / sizeof(*usual) };
 	int operands, rc;
@@ -302,8 +303,6 @@ int main(int argc, char **argv)
 		return usage_error(conflict(&v));
 	if (!v.tokens)
 		memcpy(j.tokens, usual, sizeof(usual));
-	sigaction(SIGINT, &action, NULL);
-	sigaction(SIGTERM, &action, NULL);
 	rc = run(&j, &err);
 	if (rc < 0)
 		fprintf(stderr, "kimi-tune: %s\n", err.msg);
