@@ -293,6 +293,40 @@ static void shards_agree_with_their_index(void **state)
 	remove_dir(dir);
 }
 
+/* The index's size is a note: what it says otherwise is not a reason to read no weights. */
+static void an_odd_total_size_is_none(void **state)
+{
+	static const struct {
+		const char *metadata;
+		int64_t total;
+	} cases[] = {
+		{ "{\"total_size\": 12}", 12 },     { "{\"total_size\": 12.0}", -1 },
+		{ "{\"total_size\":\"12\"}", -1 },  { "{\"total_size\":-12}", -1 },
+		{ "{\"total_size\":null}", -1 },    { "{\"total_size\":{\"a\":[1]}}", -1 },
+		{ "{\"total_size\":1e3}", -1 },     { "{\"total_size\":9223372036854775808}", -1 },
+		{ "{\"total_size\":99999999999999999999}", -1 },
+		{ "null", -1 },                     { "[12]", -1 },
+	};
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+		char *text = km_xasprintf("{\"metadata\":%s,\"weight_map\":{\"a\":\"f\"}}",
+		                          cases[i].metadata);
+		km_shard_index index;
+		km_arena arena;
+		km_err err;
+
+		km_arena_init(&arena, 1024);
+		if (km_shard_index_parse(&index, text, strlen(text), "index", &arena, &err) < 0)
+			fail_msg("%s", err.msg);
+		assert_int_equal(index.total_size, cases[i].total);
+		assert_int_equal(index.count, 1);
+		km_shard_index_release(&index);
+		km_arena_release(&arena);
+		free(text);
+	}
+}
+
 /* Opening a FIFO for reading would wait for somebody who writes. */
 static void only_regular_files_are_opened(void **state)
 {
@@ -325,6 +359,7 @@ int main(void)
 		cmocka_unit_test(what_is_written_is_read_back),
 		cmocka_unit_test(the_name_map_grows),
 		cmocka_unit_test(shards_agree_with_their_index),
+		cmocka_unit_test(an_odd_total_size_is_none),
 		cmocka_unit_test(only_regular_files_are_opened),
 	};
 

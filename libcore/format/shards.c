@@ -53,29 +53,37 @@ static int read_weight_map(km_shard_index *index, km_scan *s)
 	}
 }
 
+/* Any value: a whole number, or -1. It is only ever a note, and no reason not to read the rest. */
+static int read_total_size(km_scan *s, int64_t *total)
+{
+	const char *begin = s->p;
+	uint64_t size = 0;
+	km_scan value;
+
+	*total = -1;
+	KM_TRY(km_scan_skip(s));
+	km_scan_init(&value, begin, (size_t)(s->p - begin), s->name, s->arena, NULL);
+	if (km_scan_uint(&value, &size) >= 0 && km_scan_end(&value) >= 0 && size <= INT64_MAX)
+		*total = (int64_t)size;
+	return 0;
+}
+
 static int read_index_metadata(km_shard_index *index, km_scan *s)
 {
 	bool first = true, more;
 	const char *key;
 	size_t len;
 
-	KM_TRY(km_scan_expect(s, '{'));
+	if (!km_scan_try(s, '{'))
+		return km_scan_skip(s);
 	for (;;) {
-		uint64_t size;
-
 		KM_TRY(km_scan_next(s, '}', &first, &more));
 		if (!more)
 			return 0;
 		KM_TRY(km_scan_string(s, &key, &len));
 		KM_TRY(km_scan_expect(s, ':'));
-		if (strcmp(key, "total_size") != 0) {
-			KM_TRY(km_scan_skip(s));
-			continue;
-		}
-		KM_TRY(km_scan_uint(s, &size));
-		if (size > INT64_MAX)
-			return km_scan_fail(s, "total_size is too large");
-		index->total_size = (int64_t)size;
+		KM_TRY(strcmp(key, "total_size") != 0 ? km_scan_skip(s)
+		                                      : read_total_size(s, &index->total_size));
 	}
 }
 

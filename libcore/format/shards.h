@@ -22,7 +22,7 @@ typedef struct km_shards {
 	km_tensor **tensors;   /* [count], by file, then offset; names are unique */
 	int64_t count;
 	bool indexed;
-	int64_t index_total_size; /* metadata.total_size, -1 when absent */
+	int64_t index_total_size; /* metadata.total_size, -1 when absent or no whole number */
 	km_arena arena;
 } km_shards;
 
