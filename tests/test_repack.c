@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "base/mem.h"
@@ -23,6 +24,7 @@
 #include "format/moe_layout.h"
 #include "format/shards.h"
 #include "model/repack.h"
+#include "model/repack_files.h"
 #include "model/synthesize.h"
 #include "model/verify.h"
 #include "model/weights.h"
@@ -641,6 +643,61 @@ static void a_stop_leaves_nothing(void **state)
 	remove_all(dir);
 }
 
+/* A file of zeros that takes no room, and is larger than the room that there is. */
+static void write_huge(const char *dir)
+{
+	char *path = km_xasprintf("%s/huge", dir);
+	struct statvfs fs;
+
+	write_text(dir, "huge", "");
+	assert_int_equal(statvfs(dir, &fs), 0);
+	if (truncate(path, (off_t)(fs.f_bavail * fs.f_frsize + (1u << 30))) < 0)
+		skip();
+	free(path);
+}
+
+/* The other files may be the larger part: all of them are counted before one is copied. */
+static void other_files_count_as_room(void **state)
+{
+	static const char *const from[] = { "in", "repacked" };
+	char *dir = make("tiny-k25", 0, NULL), *out = km_xasprintf("%s/out", dir);
+	volatile sig_atomic_t cancel = 1;
+	km_repack_result result;
+	km_err err;
+
+	(void)state;
+	must(km_repack, dir, "in", "repacked", &result);
+	for (int i = 0; i < 2; i++) {
+		char *in = km_xasprintf("%s/%s", dir, from[i]);
+		km_repack_options o = { in, out, true, &cancel };
+		int before = count_names(dir);
+
+		write_huge(in);
+		assert_int_equal((i ? km_unpack : km_repack)(&o, &result, &err), KM_ENOMEM);
+		assert_non_null(strstr(err.msg, "GB are needed, the disk has "));
+		assert_int_equal(count_names(dir), before);
+		free(in);
+	}
+	free(out);
+	remove_all(dir);
+}
+
+static void a_stop_ends_the_copy_of_another_file(void **state)
+{
+	char *dir = temp_dir();
+	volatile sig_atomic_t cancel = 1;
+	km_repack_options o = { dir, "out", true, &cancel };
+	km_repacker r = { .options = &o, .out = { .temp = dir } };
+	km_err err;
+
+	(void)state;
+	write_text(dir, "note", "x");
+	assert_int_equal(km_repack_copy_file(&r, "note", "copy", &err), KM_ECANCELED);
+	assert_non_null(strstr(err.msg, "out: interrupted; what was written is removed"));
+	assert_int_equal(count_names(dir), 1);
+	remove_dir(dir);
+}
+
 static void a_disk_without_room_is_refused_first(void **state)
 {
 	char *dir = temp_dir(), *out = km_xasprintf("%s/out", dir);
@@ -691,6 +748,8 @@ int main(void)
 		cmocka_unit_test(an_output_that_is_there_is_left_alone),
 		cmocka_unit_test(an_output_must_have_a_name),
 		cmocka_unit_test(a_stop_leaves_nothing),
+		cmocka_unit_test(other_files_count_as_room),
+		cmocka_unit_test(a_stop_ends_the_copy_of_another_file),
 		cmocka_unit_test(a_disk_without_room_is_refused_first),
 		cmocka_unit_test(checksums_add_up),
 	};

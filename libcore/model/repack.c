@@ -409,8 +409,7 @@ static int write_all(struct repack *r, km_err *err)
 	km_buf index = KM_BUF_INIT;
 	int rc;
 
-	/* headers twice over, index, tokenizer beside the weights */
-	KM_TRY(km_outdir_open(&b->out, b->options->out_dir, bytes + 64000000, err));
+	KM_TRY(km_repack_open_out(b, bytes, err));
 	km_progress_init(&b->progress, "repacking", "B", (int64_t)bytes, b->options->quiet);
 	rc = km_repack_copy_rest(b, err);
 	for (int f = 0; f < b->cp.shards.file_count && rc >= 0; f++)

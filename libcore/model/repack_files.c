@@ -29,17 +29,18 @@ unsigned char *km_piece_memory(km_piece_buffer *b, size_t bytes)
 	return b->p;
 }
 
-static bool stopped(const km_repacker *r)
+static int go_on(const km_repacker *r, km_err *err)
 {
-	return r->options->cancel && *r->options->cancel;
+	if (!r->options->cancel || !*r->options->cancel)
+		return 0;
+	return km_fail(err, KM_ECANCELED, "%s: interrupted; what was written is removed",
+	               r->options->out_dir);
 }
 
 static int run_piece(const km_repacker *r, int i, km_piece piece, void *context,
                      km_piece_buffer *buffer, km_err *err)
 {
-	if (stopped(r))
-		return km_fail(err, KM_ECANCELED, "%s: interrupted; what was written is removed",
-		               r->options->out_dir);
+	KM_TRY(go_on(r, err));
 	return piece(context, i, buffer, err);
 }
 
@@ -164,7 +165,8 @@ int km_repack_save(const km_repacker *r, const char *name, const void *data, siz
 	return rc;
 }
 
-static int copy_bytes(int from, km_outfile *to, const char *path, km_err *err)
+static int copy_bytes(const km_repacker *r, int from, km_outfile *to, const char *path,
+                      km_err *err)
 {
 	char *buffer = km_xmalloc(1 << 20);
 	ssize_t n = 1;
@@ -178,6 +180,8 @@ static int copy_bytes(int from, km_outfile *to, const char *path, km_err *err)
 			rc = km_fail(err, KM_EIO, "%s: cannot be read: %s", path, strerror(errno));
 		else
 			rc = km_outfile_write(to, buffer, (size_t)n, err);
+		if (rc >= 0)
+			rc = go_on(r, err);
 	}
 	free(buffer);
 	return rc;
@@ -193,7 +197,7 @@ int km_repack_copy_file(const km_repacker *r, const char *from, const char *to, 
 	rc = fd < 0 ? km_fail(err, KM_EIO, "%s: cannot be opened: %s", source, strerror(errno))
 	            : km_outfile_open(&out, target, err);
 	if (rc >= 0) {
-		rc = copy_bytes(fd, &out, source, err);
+		rc = copy_bytes(r, fd, &out, source, err);
 		if (rc >= 0)
 			rc = km_outfile_commit(&out, err);
 		km_outfile_release(&out);
@@ -219,7 +223,11 @@ static bool is_rewritten(const km_repacker *r, const char *name)
 	return false;
 }
 
-int km_repack_copy_rest(const km_repacker *r, km_err *err)
+/* `size` is -1 for what is no regular file. */
+typedef int (*rest_visit)(const km_repacker *r, const char *name, int64_t size, void *context,
+                          km_err *err);
+
+static int visit_rest(const km_repacker *r, rest_visit visit, void *context, km_err *err)
 {
 	DIR *d = opendir(r->options->dir);
 	struct dirent *e;
@@ -234,14 +242,44 @@ int km_repack_copy_rest(const km_repacker *r, km_err *err)
 		if (!strcmp(e->d_name, ".") || !strcmp(e->d_name, "..") ||
 		    is_rewritten(r, e->d_name))
 			continue;
-		if (fstatat(dirfd(d), e->d_name, &st, 0) == 0 && S_ISREG(st.st_mode))
-			rc = km_repack_copy_file(r, e->d_name, e->d_name, err);
-		else
-			km_log(KM_LOG_WARN, "%s/%s is no regular file and is not copied",
-			       r->options->dir, e->d_name);
+		if (fstatat(dirfd(d), e->d_name, &st, 0) < 0 || !S_ISREG(st.st_mode))
+			st.st_size = -1;
+		rc = visit(r, e->d_name, st.st_size, context, err);
 	}
 	closedir(d);
 	return rc;
+}
+
+static int add_size(const km_repacker *r, const char *name, int64_t size, void *context,
+                    km_err *err)
+{
+	uint64_t *bytes = context;
+
+	(void)r, (void)name, (void)err;
+	*bytes += size > 0 ? (uint64_t)size : 0;
+	return 0;
+}
+
+int km_repack_open_out(km_repacker *r, uint64_t bytes, km_err *err)
+{
+	bytes += 64000000; /* headers twice over, index */
+	KM_TRY(visit_rest(r, add_size, &bytes, err));
+	return km_outdir_open(&r->out, r->options->out_dir, bytes, err);
+}
+
+static int copy_one(const km_repacker *r, const char *name, int64_t size, void *context,
+                    km_err *err)
+{
+	(void)context;
+	if (size >= 0)
+		return km_repack_copy_file(r, name, name, err);
+	km_log(KM_LOG_WARN, "%s/%s is no regular file and is not copied", r->options->dir, name);
+	return 0;
+}
+
+int km_repack_copy_rest(const km_repacker *r, km_err *err)
+{
+	return visit_rest(r, copy_one, NULL, err);
 }
 
 /* ---- checksums ------------------------------------------------------------------------------ */

@@ -55,6 +55,9 @@ int km_repack_read(const km_repacker *r, const km_tensor *t, uint64_t begin, voi
 int km_repack_copy(km_repacker *r, const km_tensor *t, uint64_t begin, km_outfile *out, uint64_t to,
                    km_piece_buffer *buffer, km_err *err);
 
+/* Opens the new folder with room for `bytes` of tensors and for what copy_rest copies. */
+int km_repack_open_out(km_repacker *r, uint64_t bytes, km_err *err);
+
 /* Saves one small file in the new folder; copies all regular files but weights, index,
  * config.json. */
 int km_repack_save(const km_repacker *r, const char *name, const void *data, size_t bytes,

@@ -228,7 +228,7 @@ static int write_all(struct unpack *u, km_err *err)
 
 	for (int f = 0; f < b->originals.count; f++)
 		bytes += b->originals.files[f].bytes;
-	KM_TRY(km_outdir_open(&b->out, b->options->out_dir, bytes + 64000000, err));
+	KM_TRY(km_repack_open_out(b, bytes, err));
 	km_progress_init(&b->progress, "unpacking", "B", (int64_t)bytes, b->options->quiet);
 	rc = km_repack_copy_rest(b, err);
 	for (int f = 0; f < b->originals.count && rc >= 0; f++)
