@@ -170,6 +170,24 @@ static void shards_and_layers_are_as_asked(void **state)
 	remove_dir(whole);
 }
 
+/* The folder of a config stands for it, down to the copy of its text. */
+static void a_folder_stands_for_its_config(void **state)
+{
+	char *dir = temp_dir(), *again = temp_dir();
+	km_synth_options o = { .config_path = dir, .out_dir = again, .quiet = true };
+	km_synth_result result;
+	km_err err;
+
+	(void)state;
+	make(dir, "tiny-k25", (km_synth_options){ .seed = 0 }, &result);
+	if (km_synthesize(&o, &result, &err) < 0)
+		fail_msg("%s", err.msg);
+	assert_true(file_hash(dir, "config.json") == file_hash(again, "config.json"));
+	assert_true(file_hash(dir, "model.safetensors") == file_hash(again, "model.safetensors"));
+	remove_dir(dir);
+	remove_dir(again);
+}
+
 static void nothing_is_left_when_it_stops(void **state)
 {
 	char *dir = temp_dir(), *inside = km_xasprintf("%s/new", dir);
@@ -289,6 +307,7 @@ int main(void)
 		cmocka_unit_test(every_tiny_config_makes_a_checkpoint),
 		cmocka_unit_test(bytes_depend_on_the_seed_alone),
 		cmocka_unit_test(shards_and_layers_are_as_asked),
+		cmocka_unit_test(a_folder_stands_for_its_config),
 		cmocka_unit_test(nothing_is_left_when_it_stops),
 		cmocka_unit_test(random_models_compute_ordinary_numbers),
 		cmocka_unit_test(the_tables_are_normal),

@@ -32,6 +32,7 @@ static const int64_t shard_default = INT64_C(5000000000);
 
 struct synth {
 	const km_synth_options *options;
+	char *config_path; /* of the file itself */
 	km_config config;
 	int depth; /* layers of the whole model: what --layers leaves out still scales the rest */
 	km_synth_tables tables;
@@ -283,7 +284,7 @@ static int write_tokenizer(struct synth *s, km_err *err)
 /* The config's own text, but for the number of layers. */
 static int write_config(struct synth *s, km_err *err)
 {
-	const char *path = s->options->config_path;
+	const char *path = s->config_path;
 	json_t *doc, *inner;
 	char *text, *edited;
 	size_t len;
@@ -370,16 +371,16 @@ static int run(struct synth *s, km_err *err)
 {
 	int layers = s->options->layers, rc;
 
-	KM_TRY(km_config_load(&s->config, s->options->config_path, err));
+	KM_TRY(km_config_load(&s->config, s->config_path, err));
 	if (s->config.expert_layout)
 		return km_fail(err, KM_EUNSUPPORTED,
 		               "%s: is of a repacked checkpoint (kimi_repacked); synthesize from "
 		               "the original config and repack that",
-		               s->options->config_path);
+		               s->config_path);
 	s->depth = s->config.num_hidden_layers;
 	if (layers > s->depth)
 		return km_fail(err, KM_EINVAL, "%s: has %d layers, %d cannot be taken",
-		               s->options->config_path, s->depth, layers);
+		               s->config_path, s->depth, layers);
 	if (layers)
 		s->config.num_hidden_layers = layers;
 	KM_TRY(km_inventory_visit(&s->config, add_module, s, err));
@@ -395,9 +396,18 @@ static int run(struct synth *s, km_err *err)
 	return rc;
 }
 
+/* The config's file, also where its folder is given. */
+static char *config_file(const char *path)
+{
+	struct stat st;
+
+	return stat(path, &st) == 0 && S_ISDIR(st.st_mode) ? km_xasprintf("%s/config.json", path)
+	                                                   : km_xstrdup(path);
+}
+
 int km_synthesize(const km_synth_options *options, km_synth_result *result, km_err *err)
 {
-	struct synth s = { .options = options };
+	struct synth s = { .options = options, .config_path = config_file(options->config_path) };
 	int rc;
 
 	km_arena_init(&s.arena, 1 << 16);
@@ -409,5 +419,6 @@ int km_synthesize(const km_synth_options *options, km_synth_result *result, km_e
 	free(s.tensors);
 	free(s.values);
 	free(s.shard_end);
+	free(s.config_path);
 	return rc;
 }

@@ -20,7 +20,7 @@
 #include "base/err.h"
 
 typedef struct km_synth_options {
-	const char *config_path, *out_dir;
+	const char *config_path, *out_dir; /* config_path: a config.json, or the folder of one */
 	uint64_t seed;
 	int layers;          /* 0: the config's; fewer: the first ones, and config.json says so */
 	int64_t shard_bytes; /* 0: 5 GB, or more where that makes over 64 shards */
