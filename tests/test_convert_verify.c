@@ -328,6 +328,42 @@ static void inspection_counts_what_is_there(void **state)
 	remove_dir(dir);
 }
 
+/* Each size is allowed, their products and sums do not fit. */
+static void sizes_whose_sums_do_not_fit_are_refused(void **state)
+{
+	static const struct {
+		const char *key;
+		int value;
+	} sizes[] = {
+		{ "hidden_size", 1 << 20 },           { "intermediate_size", 1 << 20 },
+		{ "moe_intermediate_size", 1 << 20 }, { "n_routed_experts", 1 << 16 },
+		{ "num_hidden_layers", 16 },
+	};
+	char *dir = temp_dir(), *config = km_xasprintf("%s/config.json", dir), *text;
+	char *out = km_xasprintf("%s/out", dir);
+	json_t *doc = json_load_file("configs/models/tiny-deepseek-v3.json", 0, NULL);
+	km_synth_options o = { .config_path = config, .out_dir = out, .quiet = true };
+	km_synth_result result;
+	km_buf buf = KM_BUF_INIT;
+	km_err err;
+
+	(void)state;
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++)
+		json_object_set_new(doc, sizes[i].key, json_integer(sizes[i].value));
+	text = json_dumps(doc, 0);
+	write_text(dir, "config.json", text);
+	assert_int_equal(km_inspect(config, true, 5, &buf, &err), KM_ELIMIT);
+	assert_non_null(strstr(err.msg, ".mlp.experts."));
+	assert_non_null(strstr(err.msg, "with it the model has more than 5.76e+17 parameters"));
+	assert_int_equal(km_synthesize(&o, &result, &err), KM_ELIMIT);
+	km_buf_release(&buf);
+	free(text);
+	free(out);
+	free(config);
+	json_decref(doc);
+	remove_dir(dir);
+}
+
 int main(void)
 {
 	const struct CMUnitTest all[] = {
@@ -341,6 +377,7 @@ int main(void)
 		cmocka_unit_test(a_tower_that_is_absent_is_one_finding),
 		cmocka_unit_test(interruption_is_not_a_verdict),
 		cmocka_unit_test(inspection_counts_what_is_there),
+		cmocka_unit_test(sizes_whose_sums_do_not_fit_are_refused),
 	};
 
 	return cmocka_run_group_tests(all, NULL, NULL);

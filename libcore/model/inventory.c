@@ -11,8 +11,13 @@
 
 #include "format/moe_layout.h"
 
+/* With at most 8 bytes for a parameter (f32 is 4, fp8 with a scale for each is 5), no sum of bytes
+ * passes 63 bits, with room for the modules' small tensors. */
+static const int64_t max_params = INT64_MAX / 16;
+
 struct walk {
 	const km_config *config;
+	int64_t params; /* of the modules so far */
 	km_ignore_rules *rules;
 	km_module_visit visit;
 	void *context;
@@ -55,6 +60,21 @@ static void set_key(struct walk *w, const char *name)
 	snprintf(w->key + w->stem, sizeof(w->key) - w->stem, "%s", name);
 }
 
+static int count_params(struct walk *w, const km_module *m)
+{
+	int64_t n = 1;
+
+	for (int i = 0; i < m->ndim; i++)
+		if (__builtin_mul_overflow(n, m->shape[i], &n))
+			n = INT64_MAX;
+	if (!__builtin_add_overflow(w->params, n, &w->params) && w->params <= max_params)
+		return 0;
+	return km_fail(w->err, KM_ELIMIT,
+	               "%s: with it the model has more than %.3g parameters, which is more than "
+	               "is supported",
+	               w->key, (double)max_params);
+}
+
 static int emit(struct walk *w, km_module *m)
 {
 	m->key = w->key;
@@ -65,6 +85,7 @@ static int emit(struct walk *w, km_module *m)
 			return km_fail(w->err, KM_ELIMIT,
 			               "%s: a size of %lld is more than is supported", w->key,
 			               (long long)m->shape[i]);
+	KM_TRY(count_params(w, m));
 	return w->visit(w->context, m, w->err);
 }
 

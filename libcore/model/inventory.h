@@ -67,7 +67,8 @@ typedef struct km_wanted {
 enum { KM_MAX_MODULE_TENSORS = 3 };
 
 /* Stops at the first negative code of `visit` and returns it. KM_EFORMAT when a quantised shape
- * does not divide into its groups. */
+ * does not divide into its groups; KM_ELIMIT when a sum of the parameters or of their bytes might
+ * not fit in 63 bits, before the module is visited. */
 typedef int (*km_module_visit)(void *context, const km_module *module, km_err *err);
 int km_inventory_visit(const km_config *config, km_module_visit visit, void *context, km_err *err);
 
