@@ -536,7 +536,7 @@ static void a_bare_file_that_is_gone_is_named(void **state)
 
 static void what_cannot_be_repacked_is_refused(void **state)
 {
-	char *dir = make("tiny-k25", 0, NULL), *fp8 = make("tiny-k2", 0, NULL), *file;
+	char *dir = make("tiny-k25", 0, NULL), *fp8 = make("tiny-k2", 0, NULL), *file, *index;
 	km_repack_result result;
 	int32_t five = 5;
 	km_tensor t;
@@ -548,10 +548,15 @@ static void what_cannot_be_repacked_is_refused(void **state)
 	refused(km_repack, dir, "nowhere", "nowhere: cannot be opened");
 	must(km_repack, dir, "in", "repacked", &result);
 	refused(km_repack, dir, "repacked", "is repacked already");
+	index = km_xasprintf("%s/in/" KM_ORIGINAL_INDEX, dir);
+	assert_int_equal(km_outfile_save(index, "mine", 4, NULL), 0);
+	refused(km_repack, dir, "in", "has a file original.model.safetensors.index.json");
+	assert_int_equal(unlink(index), 0);
 	file = find_tensor(dir, "in", "experts.9.up_proj.weight_shape", &at, &t);
 	poke(file, at, &five, 4);
 	refused(km_repack, dir, "in",
 	        "experts.9.up_proj.weight_shape: says [5, 256], the config [128, 256]");
+	free(index);
 	free(file);
 	remove_all(dir);
 	remove_all(fp8);

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/mem.h"
 #include "format/checksum.h"
@@ -402,6 +403,19 @@ static uint64_t bytes_to_write(const struct repack *r)
 	return bytes;
 }
 
+/* One that is there already would not come back. */
+static int check_original_index(const km_repacker *b, km_err *err)
+{
+	char *path = km_xasprintf("%s/" KM_ORIGINAL_INDEX, b->options->dir);
+	bool there = access(path, F_OK) == 0;
+
+	free(path);
+	return there ? km_fail(err, KM_EINVAL,
+	                       "%s: has a file " KM_ORIGINAL_INDEX
+	                       ", the name under which the index is kept; move it away",
+	                       b->options->dir) : 0;
+}
+
 static int write_all(struct repack *r, km_err *err)
 {
 	km_repacker *b = &r->base;
@@ -409,6 +423,7 @@ static int write_all(struct repack *r, km_err *err)
 	km_buf index = KM_BUF_INIT;
 	int rc;
 
+	KM_TRY(check_original_index(b, err));
 	KM_TRY(km_repack_open_out(b, bytes, err));
 	km_progress_init(&b->progress, "repacking", "B", (int64_t)bytes, b->options->quiet);
 	rc = km_repack_copy_rest(b, err);
