@@ -211,7 +211,7 @@ static int usage_error(const char *why)
 
 int main(int argc, char **argv)
 {
-	struct options o = { .max_problems = 50 };
+	struct options o = { 0 };
 	int operands, jobs, outs, rc;
 	km_err err;
 
@@ -231,8 +231,10 @@ int main(int argc, char **argv)
 		return usage_error(outs ? "the folder OUT is needed" : "an operand too many");
 	if (!o.synthesize && (o.seed || o.layers || o.shard_size))
 		return usage_error("--seed, --layers and --shard-size go with --synthesize only");
-	if (outs && o.json)
-		return usage_error("--json goes with --inspect and --verify only");
+	if (outs && (o.json || o.max_problems))
+		return usage_error("--json and --max-problems go with --inspect and --verify only");
+	if (!o.max_problems)
+		o.max_problems = 50;
 	if (o.threads)
 		omp_set_num_threads((int)o.threads);
 	if (o.inspect || o.verify)
