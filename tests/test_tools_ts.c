@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "text/pyjson.h"
 #include "text/tools_ts.h"
@@ -85,6 +86,39 @@ static void odd_tools_fall_back(void **state)
 	}
 }
 
+/* A search of the required names for each property takes many seconds. */
+static void many_required_names_take_no_time(void **state)
+{
+	enum { NAMES = 30000, LIMIT_S = 3 };
+	json_t *tools, *properties = json_object(), *required = json_array();
+	clock_t start;
+
+	(void)state;
+	for (int i = 0; i < NAMES; i++) {
+		char name[16];
+
+		snprintf(name, sizeof(name), "p%d", i);
+		json_object_set_new(properties, name, json_object());
+		snprintf(name, sizeof(name), "q%d", i);
+		json_array_append_new(required, json_string(name));
+	}
+	tools = json_pack("[{s:s,s:{s:s,s:{s:o,s:o}}}]", "type", "function", "function", "name", "f",
+			  "parameters", "properties", properties, "required", required);
+	assert_non_null(tools);
+	for (int i = 0; i < 2; i++) { /* the second time by name, in an interface of its own */
+		km_buf out = KM_BUF_INIT;
+
+		start = clock();
+		assert_true(km_tools_ts_append(&out, tools));
+		assert_true(clock() - start < LIMIT_S * CLOCKS_PER_SEC);
+		assert_int_equal(strstr(out.data, "interface parameters") != NULL, i);
+		assert_non_null(strstr(out.data, "  p29999?: any"));
+		km_buf_release(&out);
+		json_object_set_new(properties, "self", json_pack("{s:s}", "$ref", "#"));
+	}
+	json_decref(tools);
+}
+
 static void assert_json(const char *in, bool compact, bool sorted, const char *out)
 {
 	json_t *value = json_loads(in, JSON_DECODE_ANY, NULL);
@@ -136,6 +170,7 @@ int main(void)
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test(declarations_equal_the_reference),
 		cmocka_unit_test(odd_tools_fall_back),
+		cmocka_unit_test(many_required_names_take_no_time),
 		cmocka_unit_test(json_is_written_as_python_writes_it),
 		cmocka_unit_test(values_are_shown_as_python_shows_them),
 	};
