@@ -664,6 +664,41 @@ static void completions_echo_and_score_the_prompt(void **state)
 	km_buf_release(&out);
 }
 
+/* Where a token begins in the text: a special token is listed, and counts only where it shows. */
+static void offsets_are_of_the_text_that_shows(void **state)
+{
+	static const struct {
+		const char *body, *text;
+		int offsets[3];
+	} cases[] = {
+		{ "{\"prompt\":[72,105,33],\"logprobs\":0}", "ab", { 0, 1, 1 } },
+		{ "{\"prompt\":[72,105,33],\"logprobs\":0,\"skip_special_tokens\":false}",
+		  "a<|im_user|>b", { 0, 1, 12 } },
+	};
+	struct run run = { .f = *state, .output = "a<|im_user|>b", .finish = KM_FINISH_LENGTH,
+		           .endpoint = KM_ENDPOINT_COMPLETIONS };
+
+	for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+		km_buf out = KM_BUF_INIT;
+		json_t *json;
+		const json_t *choice, *offsets;
+
+		run.body = cases[i].body;
+		run_answer(&run, &out);
+		json = load(out.data, out.len);
+		choice = json_array_get(json_object_get(json, "choices"), 0);
+		offsets = json_object_get(json_object_get(choice, "logprobs"), "text_offset");
+		assert_string_equal(json_string_value(json_object_get(choice, "text")),
+		                    cases[i].text);
+		assert_int_equal(json_array_size(offsets), 3);
+		for (size_t k = 0; k < 3; k++)
+			assert_int_equal(json_integer_value(json_array_get(offsets, k)),
+			                 cases[i].offsets[k]);
+		json_decref(json);
+		km_buf_release(&out);
+	}
+}
+
 static void samples_interleave_by_index(void **state)
 {
 	struct fixture *f = *state;
@@ -756,6 +791,7 @@ int main(void)
 		cmocka_unit_test(a_stop_string_is_reported_and_hidden),
 		cmocka_unit_test(logprobs_cover_every_token),
 		cmocka_unit_test(completions_echo_and_score_the_prompt),
+		cmocka_unit_test(offsets_are_of_the_text_that_shows),
 		cmocka_unit_test(samples_interleave_by_index),
 		cmocka_unit_test(an_engine_error_ends_the_stream),
 	};

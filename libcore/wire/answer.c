@@ -341,6 +341,11 @@ static void on_parsed(void *ctx, const km_parser_event *event)
 
 /* Log-probabilities. */
 
+static bool is_hidden(const km_answer *a, int32_t id)
+{
+	return a->request->skip_special_tokens && km_tokenizer_is_special(a->model->tokenizer, id);
+}
+
 static void add_logprob(struct choice *c, const km_event *e)
 {
 	const km_answer *a = c->answer;
@@ -356,7 +361,8 @@ static void add_logprob(struct choice *c, const km_event *e)
 	}
 	km_logprob_lists_add(&c->lists, a->model->tokenizer, &token, a->request->logprobs,
 	                     c->characters);
-	c->characters += km_token_characters(a->model->tokenizer, e->id);
+	if (!is_hidden(a, e->id))
+		c->characters += km_token_characters(a->model->tokenizer, e->id);
 }
 
 /* Echo: a choice begins with its prompt. */
@@ -444,11 +450,6 @@ static void count_token(struct choice *c, int marker)
 		c->reasoning_tokens += c->in_reasoning;
 	if (marker == KM_MARK_THINK_END)
 		c->in_reasoning = false;
-}
-
-static bool is_hidden(const km_answer *a, int32_t id)
-{
-	return a->request->skip_special_tokens && km_tokenizer_is_special(a->model->tokenizer, id);
 }
 
 /* A whole token: `text` are its bytes. */
