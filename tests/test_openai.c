@@ -231,6 +231,9 @@ static void wrong_messages_are_named(void **state)
 		{ "{\"messages\":", "", "not JSON" },
 		{ "{\"messages\":\"\xff\"}", "", "UTF-8" },
 		{ "{\"messages\":\"a\\u0000b\"}", "", "holds \\u0000 (line 1 column" },
+		{ "{\"seed\":18446744073709551615}", "", "too large to be read (line 1 column" },
+		{ "{\"x\":[-9223372036854775809]}", "", "go from -9223372036854775808" },
+		{ "{\"x\":1e999}", "", "others to 1.7976931348623157e308" },
 		{ "", "", "not JSON" },
 	};
 	char deep[400];

@@ -616,6 +616,31 @@ static int json_depth(const char *s, size_t len)
 
 /* A NUL is refused, not cut at: no model was taught one, and half the ways that a string goes
  * through from here on end at it. */
+static void fail_parse(const json_error_t *where, km_openai_error *error)
+{
+	switch (json_error_code(where)) {
+	case json_error_null_character:
+		km_openai_fail(
+			error, 400, NULL, "invalid_json",
+			"A string of the body holds \\u0000 (line %d column %d), which is not "
+			"accepted.",
+			where->line, where->column);
+		return;
+	case json_error_numeric_overflow:
+		km_openai_fail(
+			error, 400, NULL, "invalid_json",
+			"The body holds a number that is too large to be read (line %d column %d): "
+			"whole numbers go from -9223372036854775808 to 9223372036854775807, others "
+			"to 1.7976931348623157e308.",
+			where->line, where->column);
+		return;
+	default:
+		km_openai_fail(error, 400, NULL, "invalid_json",
+		               "The body is not JSON: line %d column %d: %s.", where->line,
+		               where->column, where->text);
+	}
+}
+
 json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 {
 	json_error_t where;
@@ -633,18 +658,8 @@ json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 		return NULL;
 	}
 	json = json_loadb(body, len, 0, &where);
-	if (!json && json_error_code(&where) == json_error_null_character) {
-		km_openai_fail(
-			error, 400, NULL, "invalid_json",
-			"A string of the body holds \\u0000 (line %d column %d), which is not "
-			"accepted.",
-			where.line, where.column);
-		return NULL;
-	}
 	if (!json) {
-		km_openai_fail(error, 400, NULL, "invalid_json",
-		               "The body is not JSON: line %d column %d: %s.", where.line,
-		               where.column, where.text);
+		fail_parse(&where, error);
 		return NULL;
 	}
 	if (!json_is_object(json)) {
