@@ -253,6 +253,38 @@ static void wrong_messages_are_named(void **state)
 	assert_non_null(strstr(e.message, "deeper"));
 }
 
+/* `count` times `value`, in a list that is ignored. */
+static int parse_list(const char *value, size_t count, km_openai_error *error)
+{
+	km_buf body = KM_BUF_INIT;
+	km_openai_request r;
+	int rc;
+
+	km_buf_puts(&body, "{\"prompt\":\"Hi\",\"x\":[");
+	for (size_t i = 0; i < count; i++)
+		km_buf_printf(&body, "%s%s", i ? "," : "", value);
+	km_buf_puts(&body, "]}");
+	rc = parse(&r, KM_ENDPOINT_COMPLETIONS, body.data, error);
+	if (!rc)
+		km_openai_request_release(&r);
+	km_buf_release(&body);
+	return rc;
+}
+
+static void too_many_values_are_refused(void **state)
+{
+	km_openai_error e;
+
+	(void)state;
+	assert_int_equal(parse_list("163585", 500000, &e), 0);
+	assert_int_equal(parse_list("\"[,{\\\",[\"", 500000, &e), 0); /* strings hold no values */
+	assert_true(parse_list("{}", KM_MAX_JSON_VALUES / 2 + 1, &e) < 0);
+	assert_int_equal(e.status, 400);
+	assert_non_null(strstr(e.message, "more than 2000000 values"));
+	assert_true(parse_list("1", KM_MAX_JSON_VALUES + 1, &e) < 0);
+	assert_non_null(strstr(e.message, "more than 2000000 values"));
+}
+
 static int thinking_of(const char *rest)
 {
 	km_openai_request r;
@@ -377,6 +409,7 @@ int main(void)
 		cmocka_unit_test(wrong_fields_are_named),
 		cmocka_unit_test(forced_tools_are_looked_up),
 		cmocka_unit_test(wrong_messages_are_named),
+		cmocka_unit_test(too_many_values_are_refused),
 		cmocka_unit_test(thinking_has_many_spellings),
 		cmocka_unit_test(tools_and_history_are_counted),
 		cmocka_unit_test(completions_take_four_kinds_of_prompt),

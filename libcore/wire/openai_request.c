@@ -591,10 +591,17 @@ void km_openai_request_release(km_openai_request *request)
 	memset(request, 0, sizeof(*request));
 }
 
-/* Depth is looked at before the parser, which recurses: brackets outside strings. */
-static int json_depth(const char *s, size_t len)
+struct outline {
+	int depth;
+	size_t values; /* all but the first, and empty lists and objects twice */
+};
+
+/* Looked at before the parser, which recurses and makes hundreds of bytes of a value of three:
+ * brackets and commas outside strings. */
+static struct outline json_outline(const char *s, size_t len)
 {
-	int depth = 0, deepest = 0;
+	struct outline outline = { 0 };
+	int depth = 0;
 	bool in_string = false;
 
 	for (size_t i = 0; i < len; i++) {
@@ -606,12 +613,15 @@ static int json_depth(const char *s, size_t len)
 		} else if (s[i] == '"') {
 			in_string = true;
 		} else if (s[i] == '{' || s[i] == '[') {
-			deepest = ++depth > deepest ? depth : deepest;
+			outline.values++;
+			outline.depth = ++depth > outline.depth ? depth : outline.depth;
 		} else if (s[i] == '}' || s[i] == ']') {
 			depth--;
+		} else if (s[i] == ',') {
+			outline.values++;
 		}
 	}
-	return deepest;
+	return outline;
 }
 
 /* A NUL is refused, not cut at: no model was taught one, and half the ways that a string goes
@@ -644,6 +654,7 @@ static void fail_parse(const json_error_t *where, km_openai_error *error)
 json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 {
 	json_error_t where;
+	struct outline outline;
 	json_t *json;
 	size_t bad;
 
@@ -652,9 +663,15 @@ json_t *km_openai_load(const char *body, size_t len, km_openai_error *error)
 		               bad);
 		return NULL;
 	}
-	if (json_depth(body, len) > KM_MAX_JSON_DEPTH) {
+	outline = json_outline(body, len);
+	if (outline.depth > KM_MAX_JSON_DEPTH) {
 		km_openai_fail(error, 400, NULL, "invalid_json",
 		               "The body is nested deeper than %d levels.", KM_MAX_JSON_DEPTH);
+		return NULL;
+	}
+	if (outline.values > KM_MAX_JSON_VALUES) {
+		km_openai_fail(error, 400, NULL, "invalid_json",
+		               "The body holds more than %d values.", KM_MAX_JSON_VALUES);
 		return NULL;
 	}
 	json = json_loadb(body, len, 0, &where);

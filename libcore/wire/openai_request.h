@@ -31,6 +31,7 @@ enum {
 	KM_MAX_STOP_IDS = 64,
 	KM_MAX_BIAS = 1024,    /* logit_bias entries */
 	KM_MAX_JSON_DEPTH = 128,
+	KM_MAX_JSON_VALUES = 2000000, /* 600 MB when they are objects in objects */
 };
 
 typedef struct km_openai_limits {
@@ -87,7 +88,8 @@ void km_openai_request_release(km_openai_request *request);
 int km_openai_request_from_json(km_openai_request *request, enum km_endpoint endpoint, json_t *body,
                                 const km_openai_limits *limits, km_openai_error *error);
 
-/* JSON of any endpoint: depth, UTF-8 and syntax checked, an object or an error. NULL on failure. */
+/* JSON of any endpoint: UTF-8, depth, count of values and syntax checked, an object or an error.
+ * NULL on failure. */
 json_t *km_openai_load(const char *body, size_t len, km_openai_error *error);
 
 /* The sampling defaults that a checkpoint's generation_config.json states, over those in
