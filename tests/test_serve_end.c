@@ -40,6 +40,22 @@ static void draining_finishes_what_runs(void **state)
 	km_buf_release(&out);
 }
 
+/* A request whose rest does not come does not run, and is not waited for. */
+static void draining_leaves_who_says_no_more(void **state)
+{
+	struct fixture *f = *state;
+	double start;
+	int fd = http_dial(f->port);
+
+	http_send(fd, "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{");
+	usleep(200000); /* its headers have been read */
+	start = km_now_s();
+	km_serve_drain(f->serve);
+	assert_true(km_serve_wait_idle(f->serve, 5));
+	assert_true(km_now_s() - start < 1.7); /* request_timeout_s is 2 */
+	close(fd);
+}
+
 /* km_serve_run on a thread of its own, as the tool's main thread has it. */
 struct runner {
 	km_serve *serve;
@@ -220,6 +236,7 @@ int main(void)
 {
 	const struct CMUnitTest tests[] = {
 		cmocka_unit_test_setup_teardown(draining_finishes_what_runs, set_up, tear_down),
+		cmocka_unit_test_setup_teardown(draining_leaves_who_says_no_more, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(stopping_drains_and_stopping_twice_does_not, set_up,
 		                                tear_down),
 		cmocka_unit_test_setup_teardown(a_failed_device_ends_the_server, set_up, tear_down),

@@ -12,8 +12,8 @@
  * where a call is too small to pay for more, never more than scratch was sized for. Scratch is
  * 64-byte aligned, belongs to the call and needs no clearing.
  *
- * km_op_cost gives the bytes and flops of a call by one formula; trace, the CPU ops' choice of threads, benchmark and tests
- * use it.
+ * km_op_cost gives the bytes and flops of a call by one formula; trace, the CPU ops' choice of threads,
+ * benchmark and tests use it.
  */
 #ifndef KM_DEVICE_OP_H
 #define KM_DEVICE_OP_H

@@ -255,7 +255,8 @@ int km_router_report_compare(km_router_bench_report *r, const char *path, km_buf
 		row->baseline_us = baseline_of(json_object_get(was, "rows"), row);
 		matched += row->baseline_us > 0;
 		if (row->baseline_us <= 0)
-			km_buf_printf(missing, "%s at %d tokens: the baseline does not have it\n", row->form, row->tokens);
+			km_buf_printf(missing, "%s at %d tokens: the baseline does not have it\n", row->form,
+			              row->tokens);
 	}
 	if (rc == 0 && !matched)
 		rc = km_fail(err, KM_EINVAL, "--baseline %s has none of this run's tokens and forms", path);

@@ -34,7 +34,11 @@
 #include "wire/listen.h"
 #include "wire/sse.h"
 
-enum { WATCH_MS = 50, READ_BLOCK = 16 * 1024 };
+enum {
+	WATCH_MS = 50,
+	DRAIN_PATIENCE_S = 1, /* with a request whose rest does not come */
+	READ_BLOCK = 16 * 1024,
+};
 
 enum state { READING, HANDLING, SENDING, STREAMING };
 
@@ -55,7 +59,7 @@ struct km_exchange {
 	km_buf body;
 	double started, ended;
 	int status;
-	_Atomic double last_pull; /* the socket thread's last sign of progress */
+	_Atomic double last_pull; /* the socket thread's last sign of progress, either way */
 
 	pthread_mutex_t lock; /* over what follows */
 	enum state state;
@@ -444,6 +448,7 @@ static enum MHD_Result first_call(km_http *http, struct MHD_Connection *mhd, con
 
 static enum MHD_Result take_body(km_exchange *x, const char *data, size_t *len)
 {
+	x->last_pull = km_now_s();
 	km_buf_append(&x->body, data, *len);
 	if (x->body.overflow)
 		x->discarded += (int64_t)*len;
@@ -579,7 +584,8 @@ static bool was_abandoned(struct connection *c, bool reading)
 static bool is_late(const km_http *http, const km_exchange *x, double now)
 {
 	if (x->state == READING)
-		return now - x->started > http->options.request_timeout_s;
+		return now - x->started > http->options.request_timeout_s ||
+		       (http->draining && now - x->last_pull > DRAIN_PATIENCE_S);
 	if (x->state == SENDING || (x->state == STREAMING && !x->suspended))
 		return now - x->last_pull > http->options.stream_timeout_s;
 	return false;
