@@ -430,25 +430,6 @@ static void half_a_request_from_who_is_gone_is_over(void **state)
 	km_buf_release(&out);
 }
 
-/* Half-closed behind a whole request: it is answered. */
-static void a_whole_request_half_closed_is_answered(void **state)
-{
-	struct fixture *f = *state;
-
-	for (int i = 0; i < 50; i++) {
-		km_buf out = KM_BUF_INIT;
-		int fd = http_dial(f->port);
-
-		assert_true(fd >= 0);
-		http_send(fd, "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
-		shutdown(fd, SHUT_WR);
-		http_receive(fd, &out);
-		assert_non_null(strstr(out.data, " 200 "));
-		close(fd);
-		km_buf_release(&out);
-	}
-}
-
 static void oversized_bodies_are_refused(void **state)
 {
 	struct fixture *f = *state;
@@ -614,7 +595,6 @@ int main(void)
 		                                tear_down),
 		cmocka_unit_test_setup_teardown(half_open_sockets_stall_nobody, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(half_a_request_from_who_is_gone_is_over, set_up, tear_down),
-		cmocka_unit_test_setup_teardown(a_whole_request_half_closed_is_answered, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(oversized_bodies_are_refused, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(silence_is_filled_with_comments, set_up, tear_down),
 		cmocka_unit_test_setup_teardown(sixty_four_clients_and_a_third_hang_up, set_up,

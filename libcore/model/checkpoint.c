@@ -196,13 +196,6 @@ static int match_module(void *context, const km_module *m, km_err *err)
 	return right == count && k->bind ? k->bind(k->context, m, tensors, err) : 0;
 }
 
-static bool ends_with(const char *s, const char *end)
-{
-	size_t n = strlen(s), m = strlen(end);
-
-	return n >= m && !strcmp(s + n - m, end);
-}
-
 /* Tensors that the forward pass has no use for, and that published checkpoints hold. */
 static bool is_skipped(const km_config *config, enum km_name_scope scope, const char *key)
 {
@@ -213,7 +206,7 @@ static bool is_skipped(const km_config *config, enum km_name_scope scope, const 
 	if (layer >= config->num_hidden_layers &&
 	    layer < config->num_hidden_layers + config->num_nextn_predict_layers)
 		return true;
-	if (ends_with(key, ".self_attn.rotary_emb.inv_freq"))
+	if (km_name_ends(key, ".self_attn.rotary_emb.inv_freq"))
 		return layer >= 0 && layer < config->num_hidden_layers;
 	return config->tie_word_embeddings && !strncmp(key, "lm_head.", 8);
 }

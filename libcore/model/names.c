@@ -197,3 +197,10 @@ int km_ignore_rules_match(km_ignore_rules *r, const char *key, km_err *err)
 	snprintf(name, sizeof(name), "language_model.%s", key);
 	return any_rule(r, name, err);
 }
+
+bool km_name_ends(const char *name, const char *end)
+{
+	size_t n = strlen(name), m = strlen(end);
+
+	return n >= m && !strcmp(name + n - m, end);
+}

@@ -23,6 +23,8 @@ enum km_name_scope km_name_key(const char *name, const char **key);
 /* The layer of a text key "layers.N.", or -1. */
 int km_name_layer(const char *key);
 
+bool km_name_ends(const char *name, const char *end);
+
 /* The name that this kind of model has on disk: key "norm.weight" is
  * "language_model.model.norm.weight" in K2.5. Cuts what does not fit. */
 void km_name_on_disk(char *out, size_t cap, enum km_model_kind kind, const char *key);

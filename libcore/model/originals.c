@@ -234,19 +234,12 @@ static void open_bare(struct maker *m)
 
 /* ---- nothing is lost ------------------------------------------------------------------------ */
 
-static bool ends_with(const char *s, const char *end)
-{
-	size_t n = strlen(s), m = strlen(end);
-
-	return n >= m && !strcmp(s + n - m, end);
-}
-
 /* What must be made from a tensor: all that went into it. */
 static int all_of(const km_tensor *t)
 {
-	if (ends_with(t->name, ".gate_up_proj.weight_repacked"))
+	if (km_name_ends(t->name, ".gate_up_proj.weight_repacked"))
 		return (1 << 2 * MATRIX_PARTS) - 1;
-	return ends_with(t->name, ".down_proj.weight_repacked") ? (1 << MATRIX_PARTS) - 1 : COPIED;
+	return km_name_ends(t->name, ".down_proj.weight_repacked") ? (1 << MATRIX_PARTS) - 1 : COPIED;
 }
 
 static void report_lost(const struct maker *m)

@@ -624,12 +624,12 @@ static struct outline json_outline(const char *s, size_t len)
 	return outline;
 }
 
-/* A NUL is refused, not cut at: no model was taught one, and half the ways that a string goes
- * through from here on end at it. */
 static void fail_parse(const json_error_t *where, km_openai_error *error)
 {
 	switch (json_error_code(where)) {
 	case json_error_null_character:
+		/* Not cut at: no model was taught one, and half the ways that a string goes through from here
+		 * on end at it. */
 		km_openai_fail(
 			error, 400, NULL, "invalid_json",
 			"A string of the body holds \\u0000 (line %d column %d), which is not "

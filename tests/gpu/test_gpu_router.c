@@ -969,10 +969,11 @@ int main(int argc, char **argv)
 	int failed;
 
 	name_replays(replays);
-	for (int i = 0; i < COUNT(replays) && argc > 1 && !strcmp(argv[1], "forms"); i++)
-		puts(replays[i].name);
-	if (argc > 1 && !strcmp(argv[1], "forms"))
+	if (argc > 1 && !strcmp(argv[1], "forms")) {
+		for (int i = 0; i < COUNT(replays); i++)
+			puts(replays[i].name);
 		return 0;
+	}
 	few = argc > 1 && !strcmp(argv[1], "few");
 	short_run = few || (argc > 1 && !strcmp(argv[1], "short"));
 	if (argc > 2)
